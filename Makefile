@@ -1,0 +1,34 @@
+# Each goal makes .venv on first use and needs nothing else than Python >= 3.11, a C++17 compiler and a package index.
+PYTHON ?= python3
+BIN := .venv/bin
+NATIVE := $(wildcard csrc/* kernels/gpu/*.cu kernels/gpu/*.cuh) setup.py pyproject.toml
+
+.PHONY: demo test check bench clean
+.DELETE_ON_ERROR:
+
+.venv/.packages: pyproject.toml requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -r requirements.txt
+	touch $@
+
+.venv/.built: .venv/.packages $(NATIVE)
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: .venv/.built
+	$(BIN)/igpo demo --out demo-out
+
+check: .venv/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell igpo kernels csrc tests benchmarks docs README.md CHANGELOG.md
+	$(BIN)/basedpyright --level error
+
+test: check
+	$(BIN)/python -m pytest
+
+bench: .venv/.built
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf .venv build *.egg-info igpo/_C*.so

@@ -1,0 +1,16 @@
+// The door between Python and the kernels: a table, grouped by op. Addresses arrive as integers (tensor.data_ptr()).
+#include <pybind11/pybind11.h>
+
+#include "bindings.h"
+#include "ops.h"
+#include "parallel.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.attr("build_id") = IGPO_BUILD_ID;
+  m.attr("has_cuda") = IGPO_HAS_CUDA;
+  m.def("isa", igpo::isa_name);
+  m.def("set_isa", igpo::set_isa);
+  m.def("thread_runtime", igpo::thread_runtime);
+
+  IGPO_BIND(merge_hints);
+}

@@ -1,0 +1,47 @@
+"""`python -m igpo.ops`: which backend of which op runs on this machine, or why not."""
+
+from __future__ import annotations
+
+import torch
+
+import igpo
+
+from . import OPS, _native
+from ._dispatch import Op
+
+
+def rows(op: Op) -> list[tuple[str, str, str, str]]:
+    """(op, backend, "runs here" or the reason, where it was checked), one per backend."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    out = []
+    for row in op.backends:
+        reason = row.unavailable()
+        if reason is None and not set(devices) & set(row.devices):
+            reason = f"no {' or '.join(row.devices)} device"
+        out.append((op.name, row.name, reason or "runs here", row.checked or "not yet checked"))
+    return out
+
+
+def header() -> str:
+    native = _native.why_not()
+    module = native or (
+        f"igpo._C build {_native.module().build_id}, {_native.module().isa()}, "
+        f"threads: {_native.module().thread_runtime()} x {torch.get_num_threads()}"
+    )
+    return f"igpo {igpo.__version__}, torch {torch.__version__}; {module}"
+
+
+def main() -> None:
+    table = [("op", "backend", "here", "checked on")]
+    for op in OPS.values():
+        table += rows(op)
+    widths = [max(len(line[i]) for line in table) for i in range(4)]
+    print(header())
+    for line in table:
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        )
+
+
+if __name__ == "__main__":
+    main()

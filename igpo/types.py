@@ -1,0 +1,192 @@
+"""The records that flow through a training step, and the legend of shape letters.
+
+    P prompts of a step          G completions per prompt (num_generations)     B = P*G sequences
+    T canvas length              S prompt columns, L completion columns, T = S + L
+    N selected positions         V vocabulary         D hidden width            K denoise steps of a rollout
+
+    prompt -> canvas -> rollout -> graded -> rescued -> advantages -> log-probs -> loss -> step
+
+Records are frozen: a stage takes records and returns new ones. Imports nothing of igpo.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+GIVEN = -1  # step_map of a position that was on the canvas before the first denoise step (a hint)
+
+Metrics = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Seed:
+    """A place in the tree of random streams. Equal paths give equal numbers on every machine.
+
+    >>> Seed(3).at(10).named("inpaint") == Seed(3).at(10).named("inpaint")
+    True
+    """
+
+    value: int
+    step: int = 0
+
+    def at(self, step: int) -> Seed:
+        """The stream of training step `step`; ops mix (value, step, row id, position) in their counters."""
+        return replace(self, step=step)
+
+    def named(self, name: str) -> Seed:
+        """An independent stream for one purpose ("rollout", "inpaint", "draws", …)."""
+        digest = hashlib.blake2b(f"{self.value}/{name}".encode(), digest_size=8).digest()
+        return replace(self, value=int.from_bytes(digest, "little") >> 1)  # 63 bits: fits int64
+
+    def generator(self, row_id: int = 0) -> np.random.Generator:
+        """A numpy generator for this stream, step and row, for the few draws that are not ops."""
+        digest = hashlib.blake2b(f"{self.value}/{self.step}/{row_id}".encode(), digest_size=16)
+        return np.random.Generator(np.random.Philox(key=int.from_bytes(digest.digest(), "little")))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem.
+
+    text: as shown to a reward function.   ids: its tokens.   row_id: its place in the dataset, the key of its random
+    streams.   answer: ground truth, None when there is none.   trace: a worked solution, for hints; trace_ids its
+    tokens, of which the first hint_length may be shown (the final answer comes after them).   columns: every other
+    dataset column, passed to reward functions.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    row_id: int
+    answer: str | None = None
+    trace: str | None = None
+    trace_ids: tuple[int, ...] = ()
+    hint_length: int = 0
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """B sequences about to be denoised: S prompt columns (left-padded), then L completion columns.
+
+    tokens: (B, T) int64, mask_id where to generate.   attention_mask: (B, T) bool, False on padding.
+    position_ids: (B, T) int64, 0 at the first real token.   frozen: (B, L) bool, completion positions given as hints.
+    row_ids: (B,) int64, identity of the sequence for random streams: rollouts depend on (seed, step, row id) only.
+    group_ids: (B,) int64 in [0, P): the prompt each sequence belongs to.
+    """
+
+    tokens: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    frozen: Tensor
+    row_ids: Tensor
+    group_ids: Tensor
+    prompt_length: int  # S
+    mask_id: int
+    eos_id: int | None = (
+        None  # the token that ends a completion, and fills what an early stop leaves
+    )
+
+    @property
+    def completion(self) -> Tensor:
+        """(B, L) the completion columns."""
+        return self.tokens[:, self.prompt_length :]
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Denoised canvases and how they came about.
+
+    canvas: what was denoised.   tokens: (B, T) int64, the result.
+    step_map: (B, L) int64: the denoise step (0-based) that committed the token; GIVEN for hints; num_steps[b] for
+    positions filled with EOS by the early stop (never scored as the policy's choice). Masking step_map >= t rebuilds
+    the canvas before step t.   commit_logprob, commit_entropy: (B, L) float32, nats, under softmax(logits/temperature)
+    at the moment of the commit; 0 where nothing was drawn.   num_steps: (B,) int64.   num_forwards: sequences x model
+    calls spent on the batch.
+    """
+
+    canvas: Canvas
+    tokens: Tensor
+    step_map: Tensor
+    commit_logprob: Tensor
+    commit_entropy: Tensor
+    num_steps: Tensor
+    num_forwards: int
+
+    @property
+    def completion(self) -> Tensor:
+        """(B, L) the completion columns."""
+        return self.tokens[:, self.canvas.prompt_length :]
+
+
+@dataclass(frozen=True)
+class Graded:
+    """Rollouts with their verdicts.
+
+    rewards: (B,) float32, the weighted sum of reward functions.   correct: (B,) bool, the verifier's verdict.
+    parts: name -> (B,) float32, NaN where a function returned None.   completions: B texts.
+    rescued: (B,) bool, rows an explorer put in (IGPO's inpainted ones).   metrics: of grading and exploring.
+    """
+
+    rollouts: Rollouts
+    rewards: Tensor
+    correct: Tensor
+    rescued: Tensor
+    completions: tuple[str, ...]
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One evaluation of a likelihood: what to forward, which positions to read, with which weight.
+
+    The same draw is evaluated under the policy, the old policy and the reference (common random numbers).
+    tokens: (B, T) int64, the canvas to forward.   score: (B, L) bool.   weight: (B, L) float32 or None for ones.
+    """
+
+    tokens: Tensor
+    score: Tensor
+    weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PolicyBatch:
+    """What the inner updates need of a graded batch.
+
+    draws: per inner update, the draws of that update.   old_logprob, ref_logprob: per inner update (B, L) float32 or
+    None where the objective does not need them.   targets: (B, L) int64, the completion.   token_mask: (B, L) bool, the
+    tokens that enter the loss (completion mask and entropy filter).
+    """
+
+    canvas: Canvas
+    draws: tuple[tuple[Draw, ...], ...]
+    targets: Tensor
+    token_mask: Tensor
+    old_logprob: tuple[Tensor | None, ...]
+    ref_logprob: tuple[Tensor | None, ...]
+
+
+class Policy(Protocol):
+    """What rollouts and likelihoods ask of a model: hidden states, and the head to apply where needed."""
+
+    def hidden(
+        self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> Tensor:
+        """(B, T) int64 -> (B, T, D): row i, through the head, predicts token i."""
+        ...
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D)."""
+        ...
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        """(V,) or None."""
+        ...

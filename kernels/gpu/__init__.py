@@ -1,0 +1,1 @@
+"""GPU kernels of igpo.ops, installed as igpo.kernels."""
