@@ -12,8 +12,8 @@ Records are frozen: a stage takes records and returns new ones. Imports nothing 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -190,3 +190,58 @@ class Policy(Protocol):
     def head_bias(self) -> Tensor | None:
         """(V,) or None."""
         ...
+
+
+def take(record: Any, rows: Tensor) -> Any:
+    """The record restricted to `rows` ((N,) int64), in that order; nested records and tuples of B too."""
+    return _map_rows(
+        record, lambda value: value[rows], lambda value: tuple(value[i] for i in rows.tolist())
+    )
+
+
+def put(record: Any, rows: Tensor, source: Any) -> Any:
+    """The record with `rows` ((N,) int64) replaced by the N rows of `source`, a record of the same type.
+
+    Counts that belong to the whole batch (num_forwards, metrics, prompt_length, …) stay those of `record`.
+    """
+    changes = {}
+    for item in fields(record):
+        old, new = getattr(record, item.name), getattr(source, item.name)
+        if isinstance(old, Tensor):
+            changes[item.name] = old.index_copy(0, rows, new.to(old.dtype))
+        elif is_dataclass(old):
+            changes[item.name] = put(old, rows, new)
+        elif isinstance(old, Mapping) and item.name == "parts":
+            changes[item.name] = {k: v.index_copy(0, rows, new[k]) for k, v in old.items()}
+        elif isinstance(old, tuple):
+            merged = list(old)
+            for row, value in zip(rows.tolist(), new, strict=True):
+                merged[row] = value
+            changes[item.name] = tuple(merged)
+    return replace(record, **changes)
+
+
+def _map_rows(record: Any, of_tensor: Callable, of_tuple: Callable) -> Any:
+    changes = {}
+    for item in fields(record):
+        value = getattr(record, item.name)
+        if isinstance(value, Tensor):
+            changes[item.name] = of_tensor(value)
+        elif is_dataclass(value):
+            changes[item.name] = _map_rows(value, of_tensor, of_tuple)
+        elif isinstance(value, Mapping) and item.name == "parts":
+            changes[item.name] = {k: of_tensor(v) for k, v in value.items()}
+        elif item.name in ("draws", "old_logprob", "ref_logprob"):
+            changes[item.name] = _nested(value, of_tensor, of_tuple)
+        elif isinstance(value, tuple):
+            changes[item.name] = of_tuple(value)
+    return replace(record, **changes)
+
+
+def _nested(value: Any, of_tensor: Callable, of_tuple: Callable) -> Any:
+    """Tuples of draws or tensors, one entry per inner update or draw rather than per row."""
+    if isinstance(value, tuple):
+        return tuple(_nested(entry, of_tensor, of_tuple) for entry in value)
+    if isinstance(value, Tensor):
+        return of_tensor(value)
+    return None if value is None else _map_rows(value, of_tensor, of_tuple)
