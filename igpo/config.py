@@ -28,10 +28,7 @@ class LoraConfig:
     use_lora: bool = False
     lora_r: int = 128
     lora_alpha: int = 64
-    lora_dropout: float = (
-        0.0  # dropout makes the first on-policy ratio differ from 1 (ALGORITHMS 17)
-    )
-    lora_target_modules: tuple[str, ...] = ()  # (): every linear layer of the decoder
+    lora_target_modules: tuple[str, ...] = ()  # (): every linear layer of the decoder, not the head
 
 
 @dataclass(frozen=True)
@@ -160,3 +157,39 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
+
+
+# what a command takes beside the tree (docs/architecture.md, "Programs")
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    predictions_file: str | None = None  # JSONL: every completion with its verdict
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    prompt: str | None = None  # one prompt, as typed
+    prompt_file: str | None = None  # JSONL (prompt_column), or one prompt a line
+    output_file: str | None = None  # JSONL; None: standard output
+    num_samples: int = 1  # completions per prompt
+    show_steps: bool = False  # show the canvas after every denoise step
+
+
+@dataclass(frozen=True)
+class TokenizerOptions:
+    """`igpo tokenizer` takes these alone."""
+
+    files: tuple[str, ...] = ()  # JSONL, or plain text
+    columns: tuple[str, ...] = ("question", "answer")  # of the JSONL files
+    vocab_size: int = 2048
+    output_dir: str = "tokenizer"
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """`igpo demo` takes these alone."""
+
+    out: str = "demo-out"  # folder of the figure, the page and the numbers
+    from_scratch: bool = False  # True: pretrain the small model instead of loading it
+    seed: int = 3
