@@ -9,6 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 
+class ConfigError(ValueError):
+    """Something the user can put right before the program starts; the command line prints it as one line."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     model_name_or_path: str | None = (
