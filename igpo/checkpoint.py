@@ -85,7 +85,7 @@ def existing(root: str | Path) -> list[Path]:
 
 
 def find(cfg: Config) -> Path | None:
-    """The folder to resume from; None for a new run. Raises ConfigError: none there, or a new run would mix with one."""
+    """The folder to resume from; None for a new run. Raises ConfigError: none there, or a new run beside an old one."""
     asked, root = cfg.train.resume_from_checkpoint, cfg.train.output_dir
     present = existing(root)
     if asked is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import inspect
 import io
 import math
@@ -42,10 +43,15 @@ ELSEWHERE = {
     "num_train_epochs": "use max_steps",
     "bf16": "use dtype=bfloat16",
     "fp16": "use dtype=bfloat16",
+    "lora_dropout": "there is none: dropout would make the first on-policy ratio differ from 1",
     "mask_id": "the mask token is the tokenizer's",
     "mask_token_id": "the mask token is the tokenizer's",
 }
 NONE = ("none", "null")
+
+DTYPES = ("auto", "float32", "bfloat16")
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 T = TypeVar("T")
 
@@ -70,6 +76,51 @@ def load(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> Con
     for file in files:
         cfg = assign(cfg, read(file), str(file))
     return assign(cfg, map(split, overrides), "command line")
+
+
+def validate(cfg: Config, need: Sequence[str] = ()) -> None:
+    """Checks the keys of programs, and that the data files `need` (keys of DataConfig) exist. Raises ConfigError.
+
+    What belongs to a stage or an algorithm is checked where it is used.
+    """
+    t = cfg.train
+    for key, value, names in (
+        ("dtype", cfg.model.dtype, DTYPES),
+        ("lr_scheduler_type", t.lr_scheduler_type, SCHEDULES),
+        *(("report_to", name, TRACKERS) for name in t.report_to),
+    ):
+        _require(value in names, key, f"be one of {', '.join(names)}", value)
+    for key in ("max_steps", "prompts_per_step", "per_device_train_batch_size", "logging_steps"):
+        _require(getattr(t, key) >= 1, key, "be at least 1", getattr(t, key))
+    for key in (
+        "learning_rate",
+        "warmup_steps",
+        "weight_decay",
+        "save_steps",
+        "eval_steps",
+        "num_threads",
+    ):
+        _require(getattr(t, key) >= 0, key, "not be negative", getattr(t, key))
+    for key in ("adam_beta1", "adam_beta2"):
+        _require(0 <= getattr(t, key) < 1, key, "lie in [0, 1)", getattr(t, key))
+    _require(t.adam_epsilon > 0, "adam_epsilon", "be positive", t.adam_epsilon)
+    _require(t.max_grad_norm > 0, "max_grad_norm", "be positive", t.max_grad_norm)
+    limit = t.save_total_limit
+    _require(limit is None or limit >= 1, "save_total_limit", "be none or at least 1", limit)
+    _require(
+        not cfg.lora.use_lora or cfg.model.model_name_or_path is not None,
+        "model_name_or_path", "name a folder when use_lora is true", None,
+    )  # fmt: skip
+    _require(cfg.lora.lora_r >= 1, "lora_r", "be at least 1", cfg.lora.lora_r)
+    for key in (*need, *(("eval_file",) if t.eval_steps else ())):
+        file = getattr(cfg.data, key)
+        _require(file is not None, key, "name a JSONL file", file)
+        _require(Path(file).is_file(), key, "name a file that exists", file)
+
+
+def _require(condition: bool, key: str, rule: str, got: object) -> None:
+    if not condition:
+        raise ConfigError(f"{key} must {rule}, got {got!r}.")
 
 
 def split(override: str) -> tuple[str, str]:
@@ -122,7 +173,8 @@ def flatten(record: Any) -> dict[str, Any]:
     return dict(_pairs(_plain(record), ()))
 
 
-def leaves(cls: type) -> dict[str, Leaf]:
+@functools.cache
+def leaves(cls: type) -> Mapping[str, Leaf]:
     """The keys of a tree of dataclasses, by dotted path."""
     return {".".join(leaf.path): leaf for leaf in _leaves(cls, ())}
 
@@ -137,9 +189,21 @@ def resolve(key: str, known: Mapping[str, Leaf], where: str) -> str:
         return found[0]
     if last in ELSEWHERE:
         raise ConfigError(f"{where}: {key!r} is not a key: {ELSEWHERE[last]}.")
-    spellings = {s: s for name in known for s in (name, name.rpartition(".")[2])}
-    near = difflib.get_close_matches(key, spellings, n=1, cutoff=0.0)
-    raise ConfigError(f"{where}: unknown key {key!r}. The nearest one is {near[0]!r}.")
+    near = nearest(key, [s for name in known for s in (name, name.rpartition(".")[2])])
+    raise ConfigError(f"{where}: unknown key {key!r}. The nearest one is {near!r}.")
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    return difflib.get_close_matches(word, list(words), n=1, cutoff=0.0)[0]
+
+
+def show(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    return str(value)
 
 
 def convert(value: Any, kind: Any, name: str) -> Any:

@@ -127,9 +127,9 @@ def _values(values: dict[str, float]) -> str:
 class RunLog:
     """The record of a run in its folder.
 
-    run.json: resolved configuration, versions, machine, backends, of the run and of each continuation.   config.yaml: the
-    configuration, ready to be used again.   metrics.jsonl: one object per logged step, flushed at once.   Beside it the
-    trackers of report_to.
+    run.json: resolved configuration, versions, machine and backends of the run and of each continuation.
+    config.yaml: the configuration, ready to be used again.   metrics.jsonl: one object per logged step, flushed at
+    once.   Beside it the trackers of report_to.
     """
 
     def __init__(self, cfg: Config, first_step: int = 0) -> None:
