@@ -18,7 +18,7 @@ from torch import Tensor
 from igpo.canvas import with_hints
 from igpo.config import InpaintConfig, RolloutConfig
 from igpo.ops import sample_hint_mask
-from igpo.rollout import denoise
+from igpo.rollout import denoise, steps_per_block, transfer_schedule
 from igpo.types import Canvas, Graded, Policy, Prompt, Rollouts, Seed, put, take
 
 Explorer = Callable[[Policy, Sequence[Prompt], Graded, Seed], Graded]
@@ -40,9 +40,9 @@ def no_exploration(policy: Policy, prompts: Sequence[Prompt], graded: Graded, se
 class InpaintingExplorer:
     """IGPO: a group without a correct row gets a second rollout around hints, and correct rows of it move in.
 
-    Per triggered group of G rows: (1) eta_i ~ U[eta_low, eta_high] per row, hints by `layout`; (2) the hinted canvases of
-    all triggered groups are denoised as one batch and graded; (3) min(#correct, floor(replace_fraction G)) wrong rows are
-    replaced by correct new ones ("random": both drawn at random; "first": the group's first rows give way).
+    Per triggered group of G rows: (1) eta_i ~ U[eta_low, eta_high] per row, hints by `layout`; (2) the hinted canvases
+    of all triggered groups are denoised as one batch and graded; (3) min(#correct, floor(replace_fraction G)) wrong
+    rows are replaced by correct new ones ("random": both drawn at random; "first": the group's first rows give way).
     eta_low = eta_high = 0 resamples without hints: sample-matched GRPO. A group whose prompt has no trace is left alone
     unless no hints are wanted.
 
@@ -131,7 +131,7 @@ class InpaintingExplorer:
 
 @dataclass(frozen=True)
 class TraceExplorer:
-    """Trace in the group: in an all-wrong group, floor(replace_fraction G) random rows become the reference trace itself.
+    """Trace in the group: in an all-wrong group, floor(replace_fraction G) random rows become the reference trace.
 
     The trace is followed by EOS to the end of the canvas (pad_id where the canvas names no EOS), is graded like any
     completion, and is put in only if the verifier accepts it. Traces longer than the canvas are left out. Nothing is
@@ -198,8 +198,8 @@ class TraceExplorer:
 def triggered_groups(graded: Graded, trigger: str) -> dict[int, Tensor]:
     """group id -> its rows, of the groups to explore: those without a correct row.
 
-    trigger "correctness" asks for nothing more. "total_reward" asks that the group's rewards are all equal, too, so that
-    its advantages are zero: a group that a format reward already tells apart is left alone.
+    trigger "correctness" asks for nothing more. "total_reward" asks that the group's rewards are all equal, too, so
+    that its advantages are zero: a group that a format reward already tells apart is left alone.
     """
     group_ids = graded.rollouts.canvas.group_ids
     groups = {}
@@ -246,15 +246,13 @@ def original_layout(
 def pseudo_order(length: int, rollout: RolloutConfig) -> Tensor:
     """(L,) int64: the step at which each position would be committed left to right by the transfer schedule.
 
-    Each block of block_length positions gets diffusion_steps * block_length / length steps, its positions split evenly
-    over them, the remainder to the first steps.
+    Within a block, step s commits the next transfer_schedule(...)[s] positions.
     """
-    blocks = length // rollout.block_length
-    steps = rollout.diffusion_steps // blocks
-    share, extra = divmod(rollout.block_length, steps)
-    counts = torch.tensor([share + (step < extra) for step in range(steps)])
+    steps = steps_per_block(length, rollout)
+    counts = torch.tensor(transfer_schedule(rollout.block_length, steps))
     within = torch.arange(steps).repeat_interleave(counts)
-    return (within + steps * torch.arange(blocks)[:, None]).flatten()
+    blocks = torch.arange(length // rollout.block_length)[:, None]
+    return (within + steps * blocks).flatten()
 
 
 def _rescue(graded: Graded, slots: Tensor, rows: Graded) -> Graded:

@@ -37,9 +37,10 @@ DrawFunction = Callable[[Rollouts, Seed], Sequence[InnerUpdate]]
 class Likelihood:
     """Evaluates a draw function.
 
-    num_iterations: mu.   needs_reference: the objective has a KL term.   entropy_filter: tau; of the hint tokens (canvas.frozen)
-    only the max(1, floor(tau n)) of highest entropy under the old policy enter the loss; 1 keeps all.   mask_after_eos: score
-    up to and including the first EOS; False: the whole canvas.   batch_size: rows per forward of `prepare`.
+    num_iterations: mu.   needs_reference: the objective has a KL term.   entropy_filter: tau; of the hint tokens
+    (canvas.frozen) only the max(1, floor(tau n)) of highest entropy under the old policy enter the loss; 1 keeps all.
+    mask_after_eos: score up to and including the first EOS; False: the whole canvas.   batch_size: rows per forward of
+    `prepare`.
 
     No module is switched between train and eval mode here, so the three evaluations see the same mode; with dropout
     active they still differ from one another, and the first ratio is not 1.
@@ -278,7 +279,8 @@ def step_map(
 
     Each row's steps are cut into num_slices runs of consecutive steps, the cuts drawn anew for every inner update; a
     run's canvas is rebuilt by masking step_map >= its first step. One slice is mean-field on the generated tokens; as
-    many slices as steps is the trajectory's own log-likelihood. EOS filled in by the early stop is masked and not scored.
+    many slices as steps is the trajectory's own log-likelihood. EOS filled in by the early stop is masked and not
+    scored.
 
     Hints have no step. hint_mode "score" reads them from one more canvas, fully masked; "condition" leaves them visible
     without gradient.

@@ -32,9 +32,9 @@ class Terms:
 class Objective:
     """The clipped policy objective with a KL term.
 
-    epsilon, epsilon_high: the ratio is clipped to [1 - epsilon, 1 + epsilon_high].   ratio: "token", or "sequence" (GSPO:
-    the exponential of the mean log-ratio over the loss's tokens).   beta, kl: coefficient and estimator (k1, k2, k3) of the KL
-    to the reference.   loss_type: a key of LOSS_TYPES.
+    epsilon, epsilon_high: the ratio is clipped to [1 - epsilon, 1 + epsilon_high].   ratio: "token", or "sequence"
+    (GSPO: the exponential of the mean log-ratio over the loss's tokens).   beta, kl: coefficient and estimator (k1, k2,
+    k3) of the KL to the reference.   loss_type: a key of LOSS_TYPES.
     """
 
     epsilon: float
@@ -137,7 +137,7 @@ def _released(
 
 @dataclass(frozen=True)
 class LossType:
-    """terms: the mean over some rows.   size: of a (B, L) mask, what that mean divides by, so that means can be joined."""
+    """terms: the mean over some rows.   size: of a (B, L) mask, what that mean divides by."""
 
     terms: Callable[..., Terms]
     size: Callable[[Tensor], float]
