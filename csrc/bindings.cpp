@@ -13,4 +13,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("thread_runtime", igpo::thread_runtime);
 
   IGPO_BIND(merge_hints);
+  IGPO_BIND(unmask_step);
 }

@@ -28,4 +28,13 @@ const char* isa_name();
 IGPO_KERNEL(merge_hints, const int64_t* tokens, const int64_t* hints, const bool* hint_mask, int64_t* out, bool* generate,
             int64_t count, int64_t mask_id, int threads)
 
+// unmask_step: strides of logits in elements; eligible, num_unmask_rows, suppress and row_ids may be null; confidence is
+// 0 prob, 1 margin, 2 entropy, 3 random; temperature 0 is argmax; out may be tokens. Keys: igpo/ops/_philox.py.
+IGPO_KERNEL(unmask_step, const void* logits, int64_t stride_b, int64_t stride_l, int dtype, const int64_t* tokens,
+            const bool* eligible, int64_t num_unmask, const int64_t* num_unmask_rows, const int64_t* suppress,
+            int64_t num_suppress, const int64_t* row_ids, int64_t* out, bool* committed, float* score, float* logprob,
+            float* entropy, int64_t batch, int64_t length, int64_t vocab, int64_t mask_id, double temperature,
+            int confidence, bool has_threshold, float threshold, bool gumbel, uint64_t token_key, uint64_t score_key,
+            uint64_t gumbel_key, int threads)
+
 }  // namespace igpo

@@ -71,9 +71,9 @@ class InpaintConfig:
         0.2  # tau: fraction of hint tokens (highest entropy first) that enter the loss
     )
     layout: str = "original"  # or scaled (released code: ALGORITHMS 4.7 items 2-5)
-    trigger: str = "correctness"  # or total_reward
+    trigger: str = "correctness"  # or total_reward: no correct row, and equal rewards
     replace_order: str = "random"  # or first (released code overwrites the first rows)
-    exclude_answer: bool = True  # False: the last chunk is always revealed (released code)
+    exclude_answer: bool = True  # False: hints may come from the whole trace; scaled: always its last chunk
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,9 @@ class AlgorithmConfig:
     scale_rewards: str = "none"  # advantage: none (centred), group (z-score), loo (leave one out)
     likelihood: str = "mean_field"  # or random_mask, step_map
     p_mask_prompt: float = 0.0  # prompt tokens masked at random when scoring (diffu-GRPO: 0.15)
+    min_mask_ratio: float = 0.0  # random_mask: of the first inner update (released code: 30 steps of 128)
     num_slices: int = 4  # step_map: canvases scored per inner update
+    hint_mode: str = "score"  # or condition: hints stay visible and get no gradient
     importance_sampling_level: str = "sequence"  # or token
     epsilon: float = 0.2
     epsilon_high: float | None = None  # None: epsilon
