@@ -151,7 +151,7 @@ def strategy(kind: typing.Any) -> st.SearchStrategy:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_dump_and_read_give_the_same_tree(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:

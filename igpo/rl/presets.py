@@ -2,6 +2,8 @@
 
 [paper] arXiv:2509.10396 (IGPO).   [igpo code] facebookresearch/igpo, 2025-12-27: run_igpo.sh over train.yaml.
 [d1 code] dllm-reasoning/d1, 2025-05-04: diffu-GRPO, arXiv:2504.12216.
+
+Left out: lora_dropout 0.05 of both codes. Dropout makes the first on-policy ratio differ from 1; there is none here.
 """
 
 from __future__ import annotations
@@ -76,7 +78,6 @@ PRESETS: dict[str, Preset] = {
         },
         "rollout": _IGPO_ROLLOUT,
         "train": _IGPO_TRAIN,
-        # lora_dropout 0.05 [igpo code] is left at 0: dropout makes the on-policy ratio differ from 1
         "lora": _IGPO_LORA,
     },
     "igpo_released": {
@@ -94,7 +95,7 @@ PRESETS: dict[str, Preset] = {
         },
         "rollout": _IGPO_ROLLOUT,
         "train": _IGPO_TRAIN,
-        "lora": {**_IGPO_LORA, "lora_dropout": 0.05},  # [igpo code] train.yaml
+        "lora": _IGPO_LORA,
     },
     "diffu_grpo": {
         "rl": {
@@ -131,7 +132,6 @@ PRESETS: dict[str, Preset] = {
             "use_lora": True,  # [d1 code]
             "lora_r": 128,  # [d1 code]
             "lora_alpha": 64,  # [d1 code]
-            "lora_dropout": 0.05,  # [d1 code]
         },
     },
 }
