@@ -7,8 +7,9 @@ process trains on one device).
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -48,7 +49,7 @@ class Run:
     algorithm: Algorithm
     reference: Reference | None
     updater: Updater
-    eval_prompts: Sequence[Prompt] = ()
+    evaluate: Callable[[], Metrics] | None = None  # on held-out problems, every eval_steps
     state: State = field(default_factory=State)  # where a resumed run goes on
 
 
@@ -155,13 +156,16 @@ def set_up(cfg: Config) -> Run:
     )  # before a checkpoint's weights: the policy training began with
     updater = Updater(policy, cfg.train, cfg.train.max_steps * cfg.rl.num_iterations)
     state = checkpoint.restore(folder, policy, updater, cfg) if folder else State()
-    held_out: Sequence[Prompt] = ()
-    if cfg.train.eval_steps and cfg.data.eval_file:
-        held_out = load_prompts(
-            cfg.data.eval_file, cfg.data, tokenizer, limit=cfg.evaluation.eval_limit
-        )
     order = batches(prompts, cfg.train.prompts_per_step, Seed(cfg.train.seed))
+    held_out = _evaluation(cfg, policy, tokenizer, grade) if cfg.train.eval_steps else None
     return Run(cfg, policy, tokenizer, order, grade, algorithm, reference, updater, held_out, state)
+
+
+def _evaluation(cfg: Config, policy: Any, tokenizer: Any, grade: Grade) -> Callable[[], Metrics]:
+    assert cfg.data.eval_file is not None, "validate asks for it"
+    limit = cfg.evaluation.eval_limit
+    held_out = load_prompts(cfg.data.eval_file, cfg.data, tokenizer, limit=limit)
+    return partial(evaluate, policy, tokenizer, held_out, grade, cfg)
 
 
 def _canvas_options(run: Run) -> dict[str, Any]:
@@ -195,7 +199,9 @@ class _Book:
         self.num_tokens += float(graded.rollouts.canvas.attention_mask.sum())
         self.recent.append(self._of_step(graded, rescued, updates))
         last = done == cfg.max_steps
-        held_out = self._evaluate(step) if _due(done, cfg.eval_steps) else {}
+        held_out: Metrics = {}
+        if self.run.evaluate and _due(done, cfg.eval_steps):
+            held_out = {f"eval_{key}": value for key, value in self.run.evaluate().items()}
         if _due(done, cfg.logging_steps) or held_out or last:
             totals = {"num_tokens": self.num_tokens, "learning_rate": updates[-1]["learning_rate"]}
             self.last = {**metrics.mean(self.recent), **totals, **held_out}
@@ -220,11 +226,6 @@ class _Book:
             **metrics.peak_memory(self.run.policy.device),
             "step_time": time.monotonic() - self.began,
         }
-
-    def _evaluate(self, step: int) -> Metrics:
-        run = self.run
-        found = evaluate(run.policy, run.tokenizer, run.eval_prompts, run.cfg)
-        return {f"eval_{key}": value for key, value in found.items()}
 
 
 def _due(done: int, every: int) -> bool:
