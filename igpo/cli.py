@@ -6,12 +6,11 @@ Nothing beyond the standard library is imported before a command needs it, so th
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from . import config, config_io
@@ -29,6 +28,11 @@ class Command:
     target: str
     tree: bool = True
     options: type | None = None
+
+
+@dataclass(frozen=True)
+class Start:
+    preset: str | None = None  # published settings to start from: a key of igpo.rl.presets.PRESETS
 
 
 COMMANDS = {
@@ -92,52 +96,65 @@ def _call(command: Command, words: Sequence[str]) -> None:
 
 def parse(command: Command, words: Sequence[str]) -> list[Any]:
     """The arguments of a command's function. Raises ConfigError."""
-    files, pairs = _sort(command, words)
-    record = _record(command)()
+    files, given = _sort(command, words)
     if files and not command.tree:
         raise ConfigError(
-            f"command line: {files[0]!r} must be key=value; there is no configuration file here."
+            f"command line: {files[0]!r} must be key=value; this command takes no file."
         )
-    arguments = []
-    for file in files:
-        record = config_io.assign(record, config_io.read(file), file)
-    record = config_io.assign(record, pairs, "command line")
+    arguments: list[Any] = []
     if command.tree:
-        config_io.validate(record.config)
-        arguments.append(record.config)
-    return [*arguments, *([record.options] if command.options else [])]
+        preset = _filled(Start, given).preset
+        cfg = (
+            config_io.assign(Config(), _preset(preset), f"preset {preset}") if preset else Config()
+        )
+        for file in files:
+            cfg = config_io.assign(cfg, config_io.read(file), file)
+        arguments.append(_filled(Config, given, cfg))
+        config_io.validate(arguments[0])
+    return [*arguments, *([_filled(command.options, given)] if command.options else [])]
+
+
+def _filled(cls: type, given: Sequence[tuple[str, str]], start: Any = None) -> Any:
+    """A record of `cls` with those of the given keys that are its own."""
+    own = [pair for pair in given if pair[0] in config_io.leaves(cls)]
+    return config_io.assign(cls() if start is None else start, own, "command line")
+
+
+def _preset(name: str) -> list[tuple[str, Any]]:
+    presets = importlib.import_module("igpo.rl.presets").PRESETS
+    if name not in presets:
+        raise ConfigError(
+            f"command line: preset must be one of {', '.join(presets)}, got {name!r}."
+        )
+    return config_io.pairs(presets[name])
 
 
 def _sort(command: Command, words: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Words as (YAML files, key-value pairs): key=value, --key=value, --key value, and --flag for a bool."""
+    """Words as (YAML files, pairs of full key and value): key=value, --key=value, --key value, --flag for a bool."""
     files: list[str] = []
-    pairs: list[tuple[str, str]] = []
-    known = config_io.leaves(_record(command))
+    given: list[tuple[str, str]] = []
+    known = _keys(command)
     left: Iterator[str] = iter(words)
     for word in left:
-        if word.startswith("--") and "=" not in word:
-            name = config_io.resolve(word[2:], known, "command line")
-            flag = known[name].kind is bool
-            value = "true" if flag else next(left, None)
-            if value is None:
-                raise ConfigError(f"command line: {word} needs a value.")
-            pairs.append((name, value))
-        elif "=" in word:
-            pairs.append(config_io.split(word.removeprefix("--")))
-        else:
+        option, (key, equals, value) = word.startswith("--"), word.removeprefix("--").partition("=")
+        if not option and not equals:
             files.append(word)
-    return files, pairs
+            continue
+        name = config_io.resolve(key, known, "command line")
+        if not equals:
+            value = "true" if known[name].kind is bool else next(left, None)
+        if value is None:
+            raise ConfigError(f"command line: {word} needs a value.")
+        given.append((name, value))
+    return files, given
 
 
-@functools.cache
-def _record(command: Command) -> type:
-    """The configuration tree and the options of a command as one tree, so that one set of rules reads both."""
-    parts: list[tuple[str, type, Any]] = []
-    if command.tree:
-        parts.append(("config", Config, field(default_factory=Config)))
-    if command.options:
-        parts.append(("options", command.options, field(default_factory=command.options)))
-    return make_dataclass("Arguments", parts, frozen=True)
+def _keys(command: Command) -> dict[str, config_io.Leaf]:
+    parts = [
+        *([Start, Config] if command.tree else []),
+        *([command.options] if command.options else []),
+    ]
+    return {key: leaf for part in parts for key, leaf in config_io.leaves(part).items()}
 
 
 def overview() -> str:
@@ -159,13 +176,13 @@ def usage(name: str) -> str:
     command = COMMANDS[name]
     files = "[CONFIG.yaml ...] " if command.tree else ""
     lines = [f"usage: igpo {name} {files}[key=value ...]", "", f"{command.summary}."]
-    section: tuple[str, ...] = ()
-    for leaf in config_io.leaves(_record(command)).values():
-        if leaf.path[1:-1] != section:
-            section = leaf.path[1:-1]
+    section: tuple[str, ...] | None = None
+    for leaf in _keys(command).values():
+        if leaf.path[:-1] != section:
+            section = leaf.path[:-1]
             lines += ["", f"{'.'.join(section)}:"] if section else [""]
-        default = config_io.show(leaf.default)
         comment = f"  # {leaf.comment}" if leaf.comment else ""
+        default = config_io.show(leaf.default)
         lines.append(f"  {leaf.path[-1]}={default}  ({leaf.type_name}){comment}")
     if command.tree:
         spellings = ", ".join(f"{alias} = {key}" for alias, key in config_io.ALIASES.items())

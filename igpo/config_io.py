@@ -145,7 +145,16 @@ def read(file: str | Path) -> list[tuple[str, Any]]:
         raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict | None):
         raise ConfigError(f"{file}: must hold keys and values, got {type(tree).__name__}.")
-    return list(_pairs(tree or {}, ()))
+    return pairs(tree or {})
+
+
+def pairs(tree: Mapping[Any, Any], path: tuple[str, ...] = ()) -> list[tuple[str, Any]]:
+    """(dotted key, value) of nested mappings."""
+    found: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        place = (*path, str(key))
+        found += pairs(value, place) if isinstance(value, Mapping) else [(".".join(place), value)]
+    return found
 
 
 def assign(record: T, items: Iterable[tuple[str, Any]], where: str) -> T:
@@ -170,7 +179,7 @@ def dump(record: Any) -> str:
 
 def flatten(record: Any) -> dict[str, Any]:
     """Dotted key -> value, lists for tuples: what JSON can hold."""
-    return dict(_pairs(_plain(record), ()))
+    return dict(pairs(_plain(record)))
 
 
 @functools.cache
@@ -271,14 +280,6 @@ _EXPECTED = {
     int: "a whole number",
     float: "a finite number",
 }
-
-
-def _pairs(tree: Mapping[Any, Any], path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _pairs(value, (*path, str(key)))
-        else:
-            yield ".".join((*path, str(key))), value
 
 
 def _plain(record: Any) -> Any:
