@@ -104,9 +104,9 @@ def parse(command: Command, words: Sequence[str]) -> list[Any]:
     arguments: list[Any] = []
     if command.tree:
         preset = _filled(Start, given).preset
-        cfg = (
-            config_io.assign(Config(), _preset(preset), f"preset {preset}") if preset else Config()
-        )
+        cfg = Config()
+        if preset is not None:
+            cfg = config_io.assign(cfg, _preset(preset), f"preset {preset}")
         for file in files:
             cfg = config_io.assign(cfg, config_io.read(file), file)
         arguments.append(_filled(Config, given, cfg))

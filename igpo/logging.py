@@ -34,18 +34,20 @@ _shown: list[Progress] = []  # the display on the terminal; a nested job adds it
 def progress(total: int, description: str) -> Iterator[Callable[..., None]]:
     """Shows how far a job of `total` units is, with the time left; yields `advance(n=1, **values)`.
 
-    A bar on a terminal; elsewhere plain lines, at most one in ten seconds and one at the end. `values` are numbers
-    shown beside it. Jobs may be nested.
+    A bar on a terminal; elsewhere plain lines, at most one in ten seconds; at the end one line on either. `values` are
+    numbers shown beside it. Jobs may be nested.
 
         with progress(len(prompts), "eval") as advance:
             for batch in batches:
                 advance(len(batch), accuracy=0.5)
     """
+    lines = _Lines(total, description)
     if console.is_terminal:
         with _bar() as bar:
             task = bar.add_task(description, total=total, values="")
 
             def advance(n: int = 1, **values: float) -> None:
+                lines.count(n, values)
                 bar.update(task, advance=n, values=_values(values))
 
             try:
@@ -53,9 +55,8 @@ def progress(total: int, description: str) -> Iterator[Callable[..., None]]:
             finally:
                 bar.remove_task(task)
     else:
-        lines = _Lines(total, description)
         yield lines.advance
-        lines.close()
+    lines.close()
 
 
 @contextmanager
@@ -82,9 +83,12 @@ class _Lines:
         self.total, self.description, self.done, self.values = total, description, 0, {}
         self.began = self.printed = time.monotonic()
 
-    def advance(self, n: int = 1, **values: float) -> None:
+    def count(self, n: int, values: dict[str, float]) -> None:
         self.done += n
         self.values = values
+
+    def advance(self, n: int = 1, **values: float) -> None:
+        self.count(n, values)
         if time.monotonic() - self.printed >= PLAIN_SECONDS and self.done < self.total:
             spent = time.monotonic() - self.began
             self._line(f"eta {duration(spent / max(self.done, 1) * (self.total - self.done))}")

@@ -61,7 +61,7 @@ def build_policy(cfg: Config, tokenizer: Any) -> Any:
     path = cfg.model.model_name_or_path
     if path is None:
         model = MaskedDecoder.from_seed(_shape(cfg.model, tokenizer), Seed(cfg.train.seed))
-        model = model.to(device=device, dtype=dtype)
+        nn.Module.to(model, device, dtype)  # transformers hides the signature
     elif (Path(path) / "adapter_config.json").is_file():
         if cfg.lora.use_lora:
             raise ConfigError(
