@@ -1,7 +1,7 @@
 """The configuration tree of every program. Leaf names are TRL's where TRL has the notion; leaf names are unique.
 
-Imports nothing of igpo. Defaults are the published IGPO run (arXiv:2509.10396; ALGORITHMS 4.5) unless a comment says
-otherwise.
+Imports nothing of igpo. Defaults are the published IGPO run (arXiv:2509.10396 and its released code) unless a comment
+says otherwise. Comments are the help text of `igpo COMMAND --help`.
 """
 
 from __future__ import annotations
@@ -70,10 +70,12 @@ class InpaintConfig:
     entropy_filter: float = (
         0.2  # tau: fraction of hint tokens (highest entropy first) that enter the loss
     )
-    layout: str = "original"  # or scaled (released code: ALGORITHMS 4.7 items 2-5)
+    layout: str = "original"  # or scaled (released code: hints spread over the canvas)
     trigger: str = "correctness"  # or total_reward: no correct row, and equal rewards
     replace_order: str = "random"  # or first (released code overwrites the first rows)
-    exclude_answer: bool = True  # False: hints may come from the whole trace; scaled: always its last chunk
+    exclude_answer: bool = (
+        True  # False: hints may come from the whole trace; scaled: always its last chunk
+    )
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ class AlgorithmConfig:
     scale_rewards: str = "none"  # advantage: none (centred), group (z-score), loo (leave one out)
     likelihood: str = "mean_field"  # or random_mask, step_map
     p_mask_prompt: float = 0.0  # prompt tokens masked at random when scoring (diffu-GRPO: 0.15)
-    min_mask_ratio: float = 0.0  # random_mask: of the first inner update (released code: 30 steps of 128)
+    min_mask_ratio: float = (
+        0.0  # random_mask: of the first inner update (released code: 30 steps of 128)
+    )
     num_slices: int = 4  # step_map: canvases scored per inner update
     hint_mode: str = "score"  # or condition: hints stay visible and get no gradient
     importance_sampling_level: str = "sequence"  # or token
@@ -92,7 +96,7 @@ class AlgorithmConfig:
     epsilon_high: float | None = None  # None: epsilon
     beta: float = 0.01
     kl_estimator: str = "k3"
-    loss_type: str = "grpo"  # grpo: sequence-mean; bnpo: token-mean; dr_grpo: constant L; released: ALGORITHMS 4.7
+    loss_type: str = "grpo"  # grpo: sequence-mean; bnpo: token-mean; dr_grpo: constant L; released: the released code
     mask_after_eos: bool = (
         False  # True: score up to and including the first EOS (d1); False: the whole canvas (IGPO)
     )
@@ -134,7 +138,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SFTConfig:
-    """Masked SFT (ALGORITHMS 2.4): per-example mask ratio t, cross-entropy of masked tokens weighted by 1/t or L/l."""
+    """Masked SFT (LLaDA, arXiv:2502.09992): per-example mask ratio t, cross-entropy of masked tokens weighted by 1/t or L/l."""
 
     sft_weighting: str = "1/t"  # or L/l, or none
     sft_epsilon: float = 1e-3  # smallest t
