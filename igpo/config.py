@@ -138,9 +138,9 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SFTConfig:
-    """Masked SFT (LLaDA, arXiv:2502.09992): per-example mask ratio t, cross-entropy of masked tokens weighted by 1/t or L/l."""
+    """Masked SFT (LLaDA, arXiv:2502.09992): a mask ratio t per example, cross-entropy of the masked tokens."""
 
-    sft_weighting: str = "1/t"  # or L/l, or none
+    sft_weighting: str = "1/t"  # or L/l (l of L tokens are masked), or none
     sft_epsilon: float = 1e-3  # smallest t
     sft_batch_size: int = 64
     train_on_eos_padding: bool = (

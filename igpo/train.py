@@ -23,12 +23,14 @@ from .config_io import validate
 from .data import batches, load_prompts
 from .evaluate import evaluate
 from .logging import RunLog, completions_table, console, progress, say
-from .optim import Updater
+from .optim import TrainingError, Updater
 from .policy import Reference, build_policy, load_tokenizer, reference_of
 from .rewards import make_grader
 from .rl.algorithms import Algorithm, Grade, build_algorithm
 from .rollout import denoise
 from .types import Graded, Metrics, PolicyBatch, Prompt, Seed, take
+
+SHOWN = ("reward", "loss", "grad_norm")  # beside the progress bar
 
 
 class Batches(Protocol):
@@ -57,11 +59,10 @@ def train(run: Run, log: RunLog) -> Metrics:
     """max_steps steps of the algorithm, from run.state on. Returns the metrics logged last.
 
     Raises:
-        TrainingError: a loss or a gradient is not finite; the weights are those before the update.
+        TrainingError: a loss, a gradient or the policy's logits are not finite; the weights are those before the update.
     """
     cfg, policy, algorithm = run.cfg, run.policy, run.algorithm
-    book = _Book(run, log)
-    with progress(cfg.train.max_steps - run.state.step, "train") as advance:
+    with _Book(run, log) as book:
         for step in range(run.state.step, cfg.train.max_steps):
             seed = Seed(cfg.train.seed).at(step)
             prompts = run.batches.at(step)
@@ -81,7 +82,7 @@ def train(run: Run, log: RunLog) -> Metrics:
                 update(run, batch, advantages, inner, f"step {step}, inner update {inner}")
                 for inner in range(cfg.rl.num_iterations)
             ]
-            advance(**book.end(step, prompts, graded, rescued, advantages, updates))
+            book.end(step, prompts, graded, rescued, advantages, updates)
     return book.last
 
 
@@ -181,20 +182,30 @@ def _canvas_options(run: Run) -> dict[str, Any]:
 
 
 class _Book:
-    """What surrounds the algorithm after every step: metrics, evaluation, log, checkpoints."""
+    """What surrounds the algorithm: progress, metrics, evaluation, log, checkpoints, the step in error messages."""
 
     def __init__(self, run: Run, log: RunLog) -> None:
         self.run, self.log = run, log
         self.num_tokens = run.state.counters.get("num_tokens", 0.0)
         self.recent: list[Metrics] = []  # of the steps since the last line of the log
         self.last: Metrics = {}
-        self.began = time.monotonic()
+        self.step, self.began = run.state.step, time.monotonic()
+        self.progress = progress(run.cfg.train.max_steps - run.state.step, "train")
+
+    def __enter__(self) -> _Book:
+        self.advance = self.progress.__enter__()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        self.progress.__exit__(kind, error, traceback)
+        if isinstance(error, FloatingPointError):
+            raise TrainingError(f"step {self.step}: {error}") from error
 
     def end(
         self, step: int, prompts: Sequence[Prompt], graded: Graded, rescued: Graded, advantages: Tensor,
         updates: Sequence[Metrics],
-    ) -> Metrics:  # fmt: skip
-        """Writes what is due after `step`; returns the numbers to show beside the progress bar."""
+    ) -> None:  # fmt: skip
+        """Writes what is due after `step`."""
         cfg, done = self.run.cfg.train, step + 1
         self.num_tokens += float(graded.rollouts.canvas.attention_mask.sum())
         self.recent.append(self._of_step(graded, rescued, updates))
@@ -213,8 +224,8 @@ class _Book:
             state = State(done, {"num_tokens": self.num_tokens})
             run = self.run
             checkpoint.save(run.policy, run.tokenizer, run.updater, run.cfg, state)
-        self.began = time.monotonic()
-        return {key: self.last[key] for key in ("reward", "loss", "grad_norm") if key in self.last}
+        self.advance(**{key: self.last[key] for key in SHOWN if key in self.last})
+        self.step, self.began = done, time.monotonic()
 
     def _of_step(self, graded: Graded, rescued: Graded, updates: Sequence[Metrics]) -> Metrics:
         return {
