@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from .config import Config, ConfigError, LoraConfig, ModelConfig
 from .models import MaskedDecoder, MaskedDecoderConfig, load_model
@@ -57,6 +58,7 @@ def build_policy(cfg: Config, tokenizer: Any) -> Any:
     A folder with a LoRA adapter is loaded as base and adapter, merged. Dropout would make the first on-policy ratio
     differ from 1, so there is none and the mode never changes.
     """
+    transformers_logging.disable_progress_bar()  # bars of milliseconds, in the middle of our lines
     device, dtype = placement(cfg.model)
     path = cfg.model.model_name_or_path
     if path is None:

@@ -59,7 +59,7 @@ def train(run: Run, log: RunLog) -> Metrics:
     """max_steps steps of the algorithm, from run.state on. Returns the metrics logged last.
 
     Raises:
-        TrainingError: a loss, a gradient or the policy's logits are not finite; the weights are those before the update.
+        TrainingError: a loss, a gradient or logits are not finite; the weights are those before the update.
     """
     cfg, policy, algorithm = run.cfg, run.policy, run.algorithm
     with _Book(run, log) as book:
