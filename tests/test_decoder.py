@@ -55,7 +55,7 @@ def padded(rows: list[Tensor], side: str, width: int) -> tuple[Tensor, Tensor]:
 
 
 def by_hand(model: MaskedDecoder, tokens: Tensor) -> Tensor:
-    """Logits of one sequence from the parameters: loops over heads, softmax written out, rotation as complex numbers."""
+    """Logits of one sequence from the parameters: heads in a loop, softmax written out, rotation by complex numbers."""
     weights = {name: value.double() for name, value in model.state_dict().items()}
     c = model.config
 
@@ -229,7 +229,7 @@ def test_load_model_keeps_or_changes_the_dtype(tmp_path: Path) -> None:
 
 
 def test_load_model_refuses_what_is_not_the_model(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="got '.*nowhere': there is no such folder"):
+    with pytest.raises(FileNotFoundError, match=r"got '.*nowhere': there is no such folder"):
         load_model(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"it has no config\.json"):
         load_model(tmp_path)

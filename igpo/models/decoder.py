@@ -37,21 +37,24 @@ class RMSNorm(nn.Module):
 def rotary_table(
     position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin, (B, 1, T, head_dim), of position * theta^(-2i/head_dim); the same angle for channels i, i + d/2.
+    """cos and sin, (B, 1, T, head_dim / 2), of position * theta^(-2i/head_dim).
 
     Built anew each forward: no buffer that a cast to bfloat16 or a load from meta could spoil.
     """
     dtype = _at_least_float32(dtype)
     channel = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=dtype)
     angles = position_ids[:, None, :, None].to(dtype) * theta ** (-channel / head_dim)
-    angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Channels i and i + d/2 are the plane that turns by angle i."""
     low, high = x.to(cos.dtype).chunk(2, dim=-1)
-    turned = torch.cat((-high, low), dim=-1)
-    return (x.to(cos.dtype) * cos + turned * sin).to(x.dtype)
+    turned = (
+        torch.addcmul(low * cos, high, sin, value=-1),
+        torch.addcmul(high * cos, low, sin),
+    )
+    return torch.cat(turned, dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):

@@ -49,13 +49,8 @@ class MaskedDecoderConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
         self.mask_token_id = mask_token_id
-        super().__init__(
-            tie_word_embeddings=tie_word_embeddings,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            **kwargs,
-        )
-        # transformers drops these from __init__ in some versions when they come from a base class
+        super().__init__(**kwargs)
+        # after the base class, which has defaults of its own for them in some versions of transformers
         self.tie_word_embeddings = tie_word_embeddings
         self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
         self._check(head_dim)

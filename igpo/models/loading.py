@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,13 +36,14 @@ def load_model(
         raise ValueError(
             f"load_model: model_type of {str(folder)!r} must be {MaskedDecoderConfig.model_type!r}, got {kind!r}."
         )
-    model, info = MaskedDecoder.from_pretrained(
+    loaded: Any = MaskedDecoder.from_pretrained(
         folder,
         dtype=dtype or "auto",
         local_files_only=True,
         ignore_mismatched_sizes=True,  # they are refused below, with every other difference
         output_loading_info=True,
     )
+    model, info = loaded
     differences = {
         name: sorted(map(str, info[key]))
         for name, key in (
