@@ -27,11 +27,13 @@ from .optim import Updater
 PREFIX = "checkpoint-"
 LAST = "last"
 
-# keys that may change between a run and its continuation; linear and cosine schedules also depend on max_steps
+# keys that may change between a run and its continuation: they do not enter the computation, or its rounding alone;
+# linear and cosine schedules also depend on max_steps
 FREE = {
     "train.output_dir", "train.max_steps", "train.logging_steps", "train.save_steps", "train.save_total_limit",
     "train.eval_steps", "train.resume_from_checkpoint", "train.report_to", "train.log_completions",
-    "train.num_threads", "data.train_file", "data.eval_file", "model.device",
+    "train.num_threads", "train.per_device_train_batch_size", "rollout.rollout_batch_size",
+    "data.train_file", "data.eval_file", "model.device",
 }  # fmt: skip
 FREE_SECTIONS = ("evaluation.",)
 

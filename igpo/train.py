@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, metrics
-from .canvas import masked_canvases
+from .canvas import GENERATIONS_PER_PROMPT, masked_canvases
 from .checkpoint import State
 from .config import Config
 from .config_io import validate
@@ -27,6 +27,7 @@ from .optim import TrainingError, Updater
 from .policy import Reference, build_policy, load_tokenizer, reference_of
 from .rewards import make_grader
 from .rl.algorithms import Algorithm, Grade, build_algorithm
+from .rl.explorer import SECOND_ATTEMPT
 from .rollout import denoise
 from .types import Graded, Metrics, PolicyBatch, Prompt, Seed, take
 
@@ -125,8 +126,13 @@ def culprits(run: Run, batch: PolicyBatch, advantages: Tensor, inner: int) -> li
     size = run.cfg.train.per_device_train_batch_size
     suspects = [row for part in everything.split(size) if fails(part) for row in part]
     found = [row for row in suspects if fails(row[None])] or list(everything)
-    ids = [int(batch.canvas.row_ids[row]) for row in found]
-    return [f"completion {i % 2**20} of dataset row {i // 2**20}" for i in ids]
+    return [_row_name(int(batch.canvas.row_ids[row])) for row in found]
+
+
+def _row_name(row_id: int) -> str:
+    problem, place = divmod(row_id, GENERATIONS_PER_PROMPT)
+    attempt, completion = divmod(place, SECOND_ATTEMPT)
+    return f"{'hinted ' if attempt else ''}completion {completion} of dataset row {problem}"
 
 
 def run(cfg: Config) -> Metrics:
@@ -152,9 +158,7 @@ def set_up(cfg: Config) -> Run:
     grade = make_grader(tokenizer, cfg.reward)
     algorithm = build_algorithm(cfg.rl, cfg.rollout, grade, pad_id=tokenizer.pad_token_id)
     policy = build_policy(cfg, tokenizer)
-    reference = reference_of(
-        policy, cfg
-    )  # before a checkpoint's weights: the policy training began with
+    reference = reference_of(policy, cfg)  # before a checkpoint's weights are loaded
     updater = Updater(policy, cfg.train, cfg.train.max_steps * cfg.rl.num_iterations)
     state = checkpoint.restore(folder, policy, updater, cfg) if folder else State()
     order = batches(prompts, cfg.train.prompts_per_step, Seed(cfg.train.seed))

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from igpo import config
 from igpo.config import Config, ConfigError, GenerateOptions
-from igpo.config_io import ALIASES, assign, dump, flatten, leaves, load, read, validate
+from igpo.config_io import ALIASES, assign, dump, flatten, leaves, load, pairs, read, validate
 
 LEAVES = leaves(Config)
 
@@ -210,3 +212,15 @@ def test_comments_of_the_source_are_the_help() -> None:
     assert LEAVES["rl.inpaint.entropy_filter"].comment.startswith("tau")  # on a line of its own
     assert LEAVES["train.save_total_limit"].type_name == "int | None"
     assert leaves(GenerateOptions)["prompt"].type_name == "str | None"
+
+
+def test_the_documentation_names_keys_that_exist() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "configuration.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    assert assign(Config(), pairs(yaml.safe_load(example)), "docs").train.learning_rate == 1e-4
+    for alias, key in ALIASES.items():
+        assert f"`{alias}`" in text
+        assert f"`{key}`" in text
+    known = {key.rpartition(".")[2] for key in LEAVES}
+    (names,) = re.findall(r"Names are TRL's where.*?: (.*?)\. What differs", text, re.S)
+    assert set(re.findall(r"`(\w+)`", names)) <= known
