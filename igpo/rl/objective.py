@@ -66,9 +66,9 @@ class Objective:
         share = kind.size(mask) / divisor
         hints = batch.canvas.frozen & mask
         metrics = {
-            "clip_ratio/region_mean": float(terms.clip_fraction) * share,
-            "kl": float(terms.kl) * share,
-            "logp/ratio_mean": float(terms.ratio_mean) * share,
+            "clip_ratio/region_mean": float(terms.clip_fraction.detach()) * share,
+            "kl": float(terms.kl.detach()) * share,
+            "logp/ratio_mean": float(terms.ratio_mean.detach()) * share,
             "inpaint/tokens_kept_entropy": float(hints.sum()),
         }
         return terms.loss * share, metrics

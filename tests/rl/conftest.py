@@ -31,6 +31,8 @@ class ToyPolicy(nn.Module):
         )
         self.embedding, self.place = draw(VOCAB, width), draw(64, width)
         self.mix, self.weight, self.bias = draw(width, width), draw(VOCAB, width), draw(VOCAB)
+        with torch.no_grad():
+            self.bias[MASK] = -30.0  # a trained model never predicts [MASK]
         self.forwards: list[Tensor] = []  # the tokens of every call
 
     def hidden(

@@ -48,13 +48,17 @@ def first_of_group(count: int):
     return lambda rollouts: (rollouts.canvas.row_ids % SECOND_ATTEMPT % 2**20) < count
 
 
-def assert_rows_equal(left, right, rows) -> None:
+def assert_rows_equal(left, right, rows, *, exact: bool = True) -> None:
+    """exact: log-probs bitwise, too; False where the policy ran on batches of different sizes."""
     left, right = take(left, rows), take(right, rows)
     for name in ("rewards", "correct", "rescued", "completions"):
         a, b = getattr(left, name), getattr(right, name)
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    for name in ("tokens", "step_map", "commit_logprob", "commit_entropy", "num_steps"):
+    for name in ("tokens", "step_map", "num_steps"):
         assert torch.equal(getattr(left.rollouts, name), getattr(right.rollouts, name)), name
+    for name in ("commit_logprob", "commit_entropy"):
+        a, b = getattr(left.rollouts, name), getattr(right.rollouts, name)
+        assert torch.equal(a, b) if exact else torch.allclose(a, b, atol=1e-5), name
     for name in ("tokens", "frozen", "row_ids", "group_ids"):
         assert torch.equal(
             getattr(left.rollouts.canvas, name), getattr(right.rollouts.canvas, name)
@@ -224,7 +228,7 @@ def test_a_group_is_explored_the_same_in_any_batch(toy) -> None:
     batch = toy.graded(toy.rolled(toy.canvas(prompts)), torch.zeros(12, dtype=torch.bool))
     together = explorer(policy, prompts, batch, SEED)
     alone = explorer(policy, prompts, take(batch, torch.arange(4, 8)), SEED)
-    assert_rows_equal(take(together, torch.arange(4, 8)), alone, torch.arange(4))
+    assert_rows_equal(take(together, torch.arange(4, 8)), alone, torch.arange(4), exact=False)
 
 
 def test_hint_ratios_stay_in_range_and_differ_by_row(world) -> None:

@@ -182,8 +182,6 @@ def test_as_many_slices_as_steps_is_the_trajectory(toy, denoised) -> None:
     model = likelihood(partial(step_map, num_slices=toy.rollout.diffusion_steps))
     prepared = model.prepare(policy, batch, SEED)
     got = model(policy, prepared, 0)
-    suppressed = toy.logprobs(policy, batch.rollouts.canvas, batch.rollouts.tokens)
-    assert suppressed.shape[-1] == toy.vocab
     torch.testing.assert_close(got, batch.rollouts.commit_logprob, atol=1e-5, rtol=1e-5)
     order, start = batch.rollouts.step_map, batch.rollouts.canvas.prompt_length
     for step, draw in enumerate(prepared.draws[0]):
@@ -256,8 +254,6 @@ def test_entropy_filter_keeps_the_most_uncertain_hints(toy, hinted, fraction: fl
     assert mask[~hints].all()
     kept = max(1, int(5 * fraction))
     assert (mask & hints).sum(1)[list(HINTED)].tolist() == [kept] * 3
-    logp = toy.logprobs(policy, hinted.rollouts.canvas, torch.full_like(hinted.rollouts.tokens, 0))
-    assert logp.shape[1] == toy.length
     blank = hinted.rollouts.tokens.clone()
     blank[:, hinted.rollouts.canvas.prompt_length :] = toy.mask
     logp = toy.logprobs(policy, hinted.rollouts.canvas, blank)

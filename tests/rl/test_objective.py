@@ -45,13 +45,13 @@ def test_on_policy_the_loss_is_minus_the_mean_advantage(batch, kind: str, ratio:
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5, 0.25, -0.25])
     spec = objective(loss_type=kind, ratio=ratio)
     loss, metrics = value(spec, logprob, batch(logprob.detach()), advantages)
-    assert abs(float(loss)) < 1e-9
+    assert abs(loss.item()) < 1e-9
     assert metrics["logp/ratio_mean"] == pytest.approx(1, abs=1e-12)
     assert metrics["clip_ratio/region_mean"] == 0
     (gradient,) = torch.autograd.grad(loss, logprob)
     assert (gradient != 0).all()
     shifted, _ = value(spec, logprob, batch(logprob.detach()), advantages + 2)
-    assert float(shifted) == pytest.approx(-2, abs=1e-6)
+    assert shifted.item() == pytest.approx(-2, abs=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "ratio"), KINDS)
@@ -103,7 +103,7 @@ def test_golden_kl_adds_beta_times_the_estimate(batch, kind: str, kl: str, golde
     spec = objective(beta=0.5, kl=kl, loss_type=kind)
     loss, metrics = value(spec, logprob, given, torch.zeros(B))
     assert metrics["kl"] == pytest.approx(golden, abs=1e-6)
-    assert float(loss) == pytest.approx(0.5 * golden, abs=1e-6)
+    assert loss.item() == pytest.approx(0.5 * golden, abs=1e-6)
     loss, metrics = value(spec, logprob, batch(logprob, logprob - 0.1), torch.zeros(B))
     other = {"k1": 0.1, "k2": 0.005, "k3": 0.0048374}[kl]
     assert metrics["kl"] == pytest.approx(other, abs=1e-6)
@@ -113,7 +113,7 @@ def test_aggregations_agree_when_all_lengths_are_equal(batch) -> None:
     logprob, old = -torch.rand(B, L), -torch.rand(B, L)
     advantages = torch.randn(B)
     losses = [
-        float(value(objective(loss_type=kind), logprob, batch(old), advantages)[0])
+        value(objective(loss_type=kind), logprob, batch(old), advantages)[0].item()
         for kind in LOSS_TYPES
     ]
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)
@@ -126,7 +126,7 @@ def test_aggregations_weigh_uneven_lengths_as_named(batch) -> None:
     expected = {"grpo": 1 / 2, "bnpo": 2 / 8, "dr_grpo": 2 / 16, "released": 2 / 8}
     for kind, weight in expected.items():
         loss, _ = value(objective(loss_type=kind), logprob, batch(logprob, None, mask), advantages)
-        assert float(loss) == pytest.approx(-weight), kind
+        assert loss.item() == pytest.approx(-weight), kind
 
 
 @pytest.mark.parametrize(("kind", "ratio"), KINDS)
@@ -160,7 +160,7 @@ def test_a_clipped_ratio_has_no_gradient(batch, kind, ratio, advantage, differen
     logprob = (old + difference).requires_grad_()
     spec = objective(loss_type=kind, ratio=ratio, epsilon=0.2, epsilon_high=0.28)
     loss, metrics = value(spec, logprob, batch(old), torch.full((B,), advantage))
-    assert float(loss) == pytest.approx(-1.28 if advantage > 0 else 0.8, rel=1e-6)
+    assert loss.item() == pytest.approx(-1.28 if advantage > 0 else 0.8, rel=1e-6)
     assert metrics["clip_ratio/region_mean"] == pytest.approx(1)
     assert (torch.autograd.grad(loss, logprob)[0] == 0).all()
     loss, metrics = value(spec, logprob, batch(old), torch.full((B,), -advantage))
@@ -206,7 +206,7 @@ def test_an_empty_mask_gives_zero_loss_and_gradient(batch, kind: str, ratio: str
     loss, metrics = value(
         objective(loss_type=kind, ratio=ratio, beta=0.1), logprob, given, torch.ones(B)
     )
-    assert float(loss) == 0
+    assert loss.item() == 0
     assert (torch.autograd.grad(loss, logprob)[0] == 0).all()
     assert all(math.isfinite(number) for number in metrics.values())
 

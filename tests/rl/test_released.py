@@ -119,9 +119,7 @@ def test_random_masking_of_the_released_code_reads_every_position(data) -> None:
     algorithm = released("sequence", likelihood="random_mask")
     draws = algorithm.likelihood.draw(graded(data).rollouts, Seed(1))
     counts = [int(update.counted.sum()) for update in draws]
-    assert counts == sorted(counts)
-    assert counts[-1] == 4 * LENGTH
-    assert counts[0] < 4 * LENGTH
+    assert counts[-1] == 4 * LENGTH > max(counts[:-1])
     for update in draws:
         assert update.draws[0].score.all()
         assert torch.equal(update.counted, update.draws[0].tokens[:, PROMPT:] == MASK)
