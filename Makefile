@@ -12,7 +12,8 @@ NATIVE := $(wildcard csrc/* kernels/gpu/*.cu kernels/gpu/*.cuh) setup.py pyproje
 	touch $@
 
 .venv/.built: .venv/.packages $(NATIVE)
-	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	$(BIN)/python -m pip install -v --no-build-isolation --no-deps -e . >.venv/build.log 2>&1 || { cat .venv/build.log; exit 1; }
+	@grep -h "igpo: building" .venv/build.log
 	touch $@
 
 demo: .venv/.built

@@ -11,6 +11,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", igpo::isa_name);
   m.def("set_isa", igpo::set_isa);
   m.def("thread_runtime", igpo::thread_runtime);
+#if IGPO_HAS_CUDA
+  m.def("cuda_device_count", igpo::cuda::device_count);
+  m.def("cuda_unavailable", igpo::cuda::unavailable);
+#endif
 
   IGPO_BIND(merge_hints);
   IGPO_BIND(unmask_step);

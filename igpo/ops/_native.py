@@ -24,19 +24,14 @@ DTYPE_TAG = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/simd
 def _source_id() -> str | None:
     """The build id of the sources beside the package, None when there are none (an installed wheel)."""
     root = Path(__file__).resolve().parents[2]
-    folders = (
-        ("csrc", "*.cpp"),
-        ("kernels/gpu", "*.cu"),
-        ("csrc", "*.h"),
-        ("kernels/gpu", "*.cuh"),
-    )
-    if not (root / "csrc" / "bindings.cpp").exists():
+    csrc, gpu = root / "csrc", root / "kernels" / "gpu"
+    if not (csrc / "bindings.cpp").exists():
         return None
-    sources = [sorted((root / folder).glob(pattern)) for folder, pattern in folders]
-    digest = hashlib.sha256()
-    for path in [*sources[0], *sources[1], *sorted(sources[2] + sources[3])]:
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
+    headers = sorted([*csrc.glob("*.h"), *gpu.glob("*.cuh")])
+    sources = [*sorted(csrc.glob("*.cpp")), *sorted(gpu.glob("*.cu")), *headers]  # setup.py's order
+    return hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in sources)).hexdigest()[
+        :12
+    ]
 
 
 if _C is not None and _source_id() not in (None, _C.build_id):
