@@ -100,7 +100,8 @@ class InpaintingExplorer:
             return canvas, torch.zeros_like(canvas.frozen)
         stream, low, high = inpaint.named("eta"), self.cfg.eta_low, self.cfg.eta_high
         ratios = torch.tensor(
-            [stream.generator(row).uniform(low, high) for row in canvas.row_ids.tolist()]
+            [stream.generator(row).uniform(low, high) for row in canvas.row_ids.tolist()],
+            dtype=torch.float64,
         )
         hints, hint_mask = self.layout(prompts, canvas, ratios, self.cfg, inpaint)
         device = canvas.tokens.device
@@ -237,7 +238,8 @@ def original_layout(
         length,
         ratio=ratios,
         chunk_size=(cfg.chunk_min, cfg.chunk_max),
-        seed=seed.named(f"chunks/{seed.step}").value,  # the op takes no step of its own
+        seed=seed.named("chunks").value,
+        step=seed.step,
         row_ids=canvas.row_ids.cpu(),
     )
     return hints, hint_mask

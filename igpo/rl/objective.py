@@ -62,6 +62,7 @@ class Objective:
         kind, mask = LOSS_TYPES[self.loss_type], batch.token_mask[inner]
         old, ref = batch.old_logprob[inner], batch.ref_logprob[inner]
         old = logprob.detach() if old is None else old
+        advantages = advantages.to(logprob.dtype)
         terms = kind.terms(self, logprob, old, ref, advantages, mask)
         share = kind.size(mask) / divisor
         hints = batch.canvas.frozen & mask
