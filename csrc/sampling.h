@@ -77,24 +77,45 @@ IGPO_INLINE bool any(I mask) {
 #endif
 }
 
-// The high words of the uniforms of kLanes tokens from `token` on (even): two tokens a counter, so 64-bit lanes of
-// (word 2, word 0) are 32-bit lanes in token order. Bits above 32 of a lane are garbage that multiply_low32 ignores.
-IGPO_INLINE U high_words(uint64_t key, uint32_t position, uint64_t row_id, int64_t token) {
-  Q c0 = Q{} + position, c1, c2 = Q{} + static_cast<uint32_t>(row_id), c3 = Q{} + (row_id >> 32);
-  for (int i = 0; i < kLanes / 2; ++i) c1[i] = static_cast<uint32_t>((token >> 1) + i);
-  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const Q p0 = multiply_low32(c0, Q{} + 0xD2511F53u), p1 = multiply_low32(c2, Q{} + 0xCD9E8D57u);
-    c0 = (p1 >> 32) ^ c1 ^ (Q{} + k0);
-    c2 = (p0 >> 32) ^ c3 ^ (Q{} + k1);
-    c1 = p1;
-    c3 = p0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+// Philox for consecutive tokens of one position. Two tokens share a counter: the high words of their uniforms are words
+// 0 and 2, so that 64-bit lanes of (word 2, word 0) are 32-bit lanes in token order.
+class TokenPhilox {
+ public:
+  TokenPhilox(uint64_t key, uint32_t position, uint64_t row_id) : position_(position), row_id_(row_id) {
+    uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+      round_key_[2 * round] = k0;
+      round_key_[2 * round + 1] = k1;
+    }
   }
-  const Q words = (c0 & 0xffffffffu) | (c2 << 32);
-  return reinterpret_cast<U>(words);
-}
+
+  // The high words of 2 * kLanes tokens from `token` on (even). Two chains hide the latency of the multiplications.
+  // Bits above 32 of a lane are garbage, which multiply_low32 ignores.
+  IGPO_INLINE void high_words(int64_t token, U out[2]) const {
+    Q c0[2], c1[2], c2[2], c3[2], iota;
+    for (int i = 0; i < kLanes / 2; ++i) iota[i] = static_cast<uint64_t>(i);
+    for (int j = 0; j < 2; ++j) {
+      c0[j] = Q{} + position_;
+      c1[j] = iota + static_cast<uint64_t>((token >> 1) + j * kLanes / 2);
+      c2[j] = Q{} + static_cast<uint32_t>(row_id_);
+      c3[j] = Q{} + (row_id_ >> 32);
+    }
+    for (int round = 0; round < 10; ++round)
+      for (int j = 0; j < 2; ++j) {
+        const Q p0 = multiply_low32(c0[j], Q{} + 0xD2511F53u), p1 = multiply_low32(c2[j], Q{} + 0xCD9E8D57u);
+        c0[j] = (p1 >> 32) ^ c1[j] ^ (Q{} + round_key_[2 * round]);
+        c2[j] = (p0 >> 32) ^ c3[j] ^ (Q{} + round_key_[2 * round + 1]);
+        c1[j] = p1;
+        c3[j] = p0;
+      }
+    for (int j = 0; j < 2; ++j) out[j] = reinterpret_cast<U>((c0[j] & 0xffffffffu) | (c2[j] << 32));
+  }
+
+ private:
+  uint64_t round_key_[20];
+  uint32_t position_;
+  uint64_t row_id_;
+};
 
 struct Winner {
   double score = -__builtin_inf();
@@ -107,7 +128,7 @@ struct GumbelRow {
   double temperature;
 };
 
-// Carries the winner of logits/temperature + noise over x[0 .. n), the tokens from `begin` on; n a multiple of kLanes.
+// Carries the winner of logits/temperature + noise over x[0 .. n), the tokens from `begin` on; n a multiple of 2 * kLanes.
 //
 // With noise -log(-log(1-v)), a token beats the score b only if v <= 1 - exp(-exp(x/T-b)) <= exp(x/T-b). The first
 // bound needs the high word of v and one float exponential; what passes it (a handful of tokens a row) is scored
@@ -117,16 +138,21 @@ inline void gumbel_argmax(const GumbelRow& row, const T* x, int64_t n, int64_t b
   const auto loosened = [](double score) {
     return splat(static_cast<float>(score - 1e-6 * (score < 0 ? -score : score) - 1e-3));
   };
+  const TokenPhilox random(row.key, row.position, row.row_id);
   F floor = loosened(best.score);
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const F y = load(x + i) * inv_t;
-    const F excess = max(y * 1.000001f, y * 0.999999f) - floor;
-    const U flipped = ~high_words(row.key, row.position, row.row_id, begin + i) >> 1;
-    const F v = __builtin_convertvector(reinterpret_cast<I>(flipped), F) * 0x1p-31f;
-    const I passes = v <= exp_nonpositive(select(excess > 0.0f, splat(0.0f), excess));
-    if (!any(passes)) continue;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      if (!passes[lane]) continue;
+  for (int64_t i = 0; i < n; i += 2 * kLanes) {
+    U high[2];
+    random.high_words(begin + i, high);
+    I passes[2];
+    for (int j = 0; j < 2; ++j) {
+      const F y = load(x + i + j * kLanes) * inv_t;
+      const F excess = max(y * 1.000001f, y * 0.999999f) - floor;
+      const F v = __builtin_convertvector(reinterpret_cast<I>(~high[j] >> 1), F) * 0x1p-31f;
+      passes[j] = v <= exp_nonpositive(select(excess > 0.0f, splat(0.0f), excess));
+    }
+    if (!any(passes[0] | passes[1])) continue;
+    for (int lane = 0; lane < 2 * kLanes; ++lane) {
+      if (!passes[lane / kLanes][lane % kLanes]) continue;
       const int64_t token = begin + i + lane;
       const double score = static_cast<double>(to_float(x[i + lane])) / row.temperature +
                            gumbel(row.key, row.position, row.row_id, token);

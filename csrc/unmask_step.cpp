@@ -98,11 +98,16 @@ template <bool kTwo, class T>
 inline void scan_max(const T* x, int64_t n, Slice& out) {
   F first[kChains], second[kChains];
   for (int c = 0; c < kChains; ++c) first[c] = second[c] = splat(-kInf);
+  const auto add = [&](int c, F value) {
+    if (kTwo) second[c] = max(second[c], select(value < first[c], value, first[c]));
+    first[c] = max(first[c], value);
+  };
   for (int64_t i = 0; i < n; i += kChains * kLanes)
-    for (int c = 0; c < kChains; ++c) {
-      const F value = load(x + i + c * kLanes);
-      if (kTwo) second[c] = max(second[c], select(value < first[c], value, first[c]));
-      first[c] = max(first[c], value);
+    for (int c = 0; c < kChains; c += 2) {
+      F a, b;
+      load_pair(x + i + c * kLanes, a, b);
+      add(c, a);
+      add(c + 1, b);
     }
   out.max = out.second = -kInf;
   for (int c = 0; c < kChains; ++c) {
@@ -133,11 +138,17 @@ template <Need kNeed, class T>
 inline void scan_sums(const T* x, int64_t n, float inv_t, Slice& out) {
   const float base = out.max == -kInf ? 0.0f : out.max;
   Moments moments, moments1;
+  const auto add = [&](int c, F y) {
+    moments.add(c, kNeed == kPlain ? y : y * inv_t);
+    if (kNeed == kBoth) moments1.add(c, y);
+  };
   for (int64_t i = 0; i < n; i += kChains * kLanes)
-    for (int c = 0; c < kChains; ++c) {
-      const F y = load(x + i + c * kLanes) - base;
-      moments.add(c, kNeed == kPlain ? y : y * inv_t);
-      if (kNeed == kBoth) moments1.add(c, y);
+    for (int c = 0; c < kChains; c += 2) {
+      F a, b;
+      load_pair(x + i + c * kLanes, a, b);
+      __builtin_prefetch(x + i + c * kLanes + kSlice);  // memory works on the next slice while this one is summed
+      add(c, a - base);
+      add(c + 1, b - base);
     }
   moments.total(out.sum, out.weighted);
   if (kNeed == kBoth) moments1.total(out.sum1, out.weighted1);

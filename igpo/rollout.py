@@ -48,7 +48,8 @@ def denoise(
         on_step: on_step(step, tokens) after each step, with a copy of all (B, T) tokens as they stand. Rows beyond
             rollout_batch_size run later, from step 0.
     Returns:
-        Rollouts; steps are counted over the whole completion, the same for all rows of the batch.
+        Rollouts; steps are counted over the whole completion, the same for all rows of the batch. commit_logprob and
+        commit_entropy are over the tokens that are not suppressed (mask_id is).
     Raises:
         ValueError: cfg does not fit the canvas, or a completion position is neither masked nor frozen.
         FloatingPointError: the policy's logits leave a position without a candidate (NaN, or all -inf).
@@ -115,7 +116,7 @@ class _Sampler:
         self.masked = masked.unflatten(1, (-1, cfg.block_length)).sum(-1).tolist()  # row, block
         self.seed = seed.named(f"rollout/{seed.step}").value
         self.suppressed = torch.tensor(
-            (canvas.mask_id, *cfg.suppress_tokens), device=canvas.tokens.device
+            (canvas.mask_id,), device=canvas.tokens.device
         )
         self.tokens = canvas.tokens.clone()
         self.step_map = torch.full_like(canvas.completion, GIVEN)
