@@ -13,4 +13,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("thread_runtime", igpo::thread_runtime);
 
   IGPO_BIND(merge_hints);
+
+  IGPO_BIND(token_logprob);
+  IGPO_BIND(token_logprob_backward);
+
+  IGPO_BIND(masked_cross_entropy);
+  IGPO_BIND(masked_cross_entropy_backward);
 }
