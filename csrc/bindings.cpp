@@ -18,4 +18,10 @@ PYBIND11_MODULE(_C, m) {
 
   IGPO_BIND(merge_hints);
   IGPO_BIND(unmask_step);
+
+  IGPO_BIND(token_logprob);
+  IGPO_BIND(token_logprob_backward);
+
+  IGPO_BIND(masked_cross_entropy);
+  IGPO_BIND(masked_cross_entropy_backward);
 }

@@ -42,4 +42,26 @@ IGPO_KERNEL(unmask_step, const void* logits, int64_t stride_b, int64_t stride_l,
             int confidence, bool has_threshold, float threshold, bool gumbel, uint64_t token_key, uint64_t score_key,
             uint64_t gumbel_key, int threads)
 
+// The row ops (row_stats.h). offsets[r] is the place of row r's first logit; a target of ignore_index skips the row;
+// row_max and log_sum are max_v x_v and ln Σ_v e^((x_v - row_max) * scale), which the backward pass wants again.
+// Gradients are written to contiguous rows, which may be those of the logits.
+
+// token_logprob: log p_y and the entropy of softmax(x * scale)
+IGPO_KERNEL(token_logprob, const void* logits, const int64_t* offsets, const int64_t* targets, float* logprob,
+            float* entropy, float* row_max, float* log_sum, int64_t rows, int64_t vocab, int64_t ignore_index,
+            float scale, int dtype, int threads)
+IGPO_KERNEL(token_logprob_backward, const float* grad_logprob, const float* grad_entropy, const void* logits,
+            const int64_t* offsets, const int64_t* targets, const float* entropy, const float* row_max,
+            const float* log_sum, void* out, int64_t rows, int64_t vocab, int64_t ignore_index, float scale, int dtype,
+            int threads)
+
+// masked_cross_entropy: -weight * log p_y per row, and the sum over rows / divisor (loss may be null, weights too)
+IGPO_KERNEL(masked_cross_entropy, const void* logits, const int64_t* offsets, const int64_t* targets,
+            const float* weights, float* row_loss, float* loss, float* row_max, float* log_sum, int64_t rows,
+            int64_t vocab, int64_t ignore_index, double divisor, int dtype, int threads)
+IGPO_KERNEL(masked_cross_entropy_backward, const float* grad_loss, int64_t grad_stride, const void* logits,
+            const int64_t* offsets, const int64_t* targets, const float* weights, const float* row_max,
+            const float* log_sum, void* out, int64_t rows, int64_t vocab, int64_t ignore_index, double divisor,
+            int dtype, int threads)
+
 }  // namespace igpo

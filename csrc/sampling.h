@@ -1,10 +1,6 @@
 // Draws of unmask_step: the exact Gumbel noise, and the filter that spares nearly every token from computing it.
 #pragma once
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
 #include "philox.h"
 #include "simd.h"
 
