@@ -17,4 +17,8 @@ PYBIND11_MODULE(_C, m) {
 #endif
 
   IGPO_BIND(merge_hints);
+  IGPO_BIND(sample_hint_mask);
+  IGPO_BIND(keep_top_entropy);
+  IGPO_BIND(forward_mask);
+  IGPO_BIND(policy_loss);
 }

@@ -71,3 +71,11 @@ def logits(op: str, value: object, *, argument: str = "logits", min_dim: int = 1
         value.stride(-1) == 1 or value.shape[-1] == 1, op, argument, "have a contiguous last dimension",
         value, "Call .contiguous() first.",
     )  # fmt: skip
+
+
+def row_ids(op: str, value: Tensor | None, rows: int, device: torch.device) -> Tensor:
+    """(B,) int64 identities of the sequences; 0..B-1 when none are given."""
+    if value is None:
+        return torch.arange(rows, device=device)
+    tensor(op, "row_ids", value, dtype=torch.int64, shape=(rows,), device=device)
+    return value
