@@ -79,3 +79,10 @@ def row_ids(op: str, value: Tensor | None, rows: int, device: torch.device) -> T
         return torch.arange(rows, device=device)
     tensor(op, "row_ids", value, dtype=torch.int64, shape=(rows,), device=device)
     return value
+
+
+def in_unit_interval(op: str, argument: str, value: Tensor) -> None:
+    """Every element of a CPU tensor lies in [0, 1]. Called where the op runs, so that tracing never sees it; on a
+    GPU nothing is looked at, as the host would have to wait."""
+    if value.device.type == "cpu" and not bool(((value >= 0) & (value <= 1)).all()):
+        require(False, op, argument, "lie in [0, 1]", value.tolist())

@@ -51,10 +51,16 @@ def _cpu_forward(
 
 OP = Op("forward_mask", (cpu(forward=_cpu_forward), reference(forward=reference_forward)))
 
+
+def _forward(tokens: Tensor, maskable: Tensor, t: Tensor, *args) -> tuple[Tensor, Tensor]:
+    _check.in_unit_interval(OP.name, "t", t)
+    return OP("forward", tokens.device, tokens, maskable, t, *args)
+
+
 _op = register(
     "forward_mask(Tensor tokens, Tensor maskable, Tensor t, int mask_id, int key, Tensor row_ids, bool exact)"
     " -> (Tensor, Tensor)",
-    lambda tokens, *args: OP("forward", tokens.device, tokens, *args),
+    _forward,
     lambda tokens, maskable, *_: (tokens.new_empty(tokens.shape), maskable.new_empty(tokens.shape)),
 )
 
@@ -96,8 +102,6 @@ def forward_mask(
     rows, device = tokens.shape[0], tokens.device
     _check.tensor(op, "maskable", maskable, dtype=torch.bool, shape=tokens.shape, device=device)
     _check.tensor(op, "t", t, dtype=(torch.float32, torch.float64), shape=(rows,), device=device)
-    if device.type == "cpu":
-        _check.require(bool(((t >= 0) & (t <= 1)).all()), op, "t", "lie in [0, 1]", t.tolist())
     ids = _check.row_ids(op, row_ids, rows, device)
     key = _philox.signed_key(seed, step, _philox.STREAM_NOISE)
     return _op(tokens, maskable, t.double(), mask_id, key, ids, exact)

@@ -72,10 +72,16 @@ def _cpu_forward(
 
 OP = Op("sample_hint_mask", (cpu(forward=_cpu_forward), reference(forward=reference_forward)))
 
+
+def _forward(trace_lengths: Tensor, length: int, ratio: Tensor, *args) -> Tensor:
+    _check.in_unit_interval(OP.name, "ratio", ratio)
+    return OP("forward", trace_lengths.device, trace_lengths, length, ratio, *args)
+
+
 _op = register(
     "sample_hint_mask(Tensor trace_lengths, int length, Tensor ratio, int low, int high, int key, Tensor row_ids)"
     " -> Tensor",
-    lambda trace_lengths, *args: OP("forward", trace_lengths.device, trace_lengths, *args),
+    _forward,
     lambda trace_lengths, length, *_: trace_lengths.new_empty(
         (trace_lengths.shape[0], length), dtype=torch.bool
     ),
@@ -140,8 +146,4 @@ def _ratios(op: str, ratio: float | Tensor, rows: int, device: torch.device) -> 
     _check.tensor(
         op, "ratio", ratio, dtype=(torch.float32, torch.float64), shape=(rows,), device=device
     )
-    if device.type == "cpu":
-        _check.require(
-            bool(((ratio >= 0) & (ratio <= 1)).all()), op, "ratio", "lie in [0, 1]", ratio.tolist()
-        )
     return ratio.double()
