@@ -24,4 +24,8 @@ PYBIND11_MODULE(_C, m) {
 
   IGPO_BIND(masked_cross_entropy);
   IGPO_BIND(masked_cross_entropy_backward);
+  IGPO_BIND(sample_hint_mask);
+  IGPO_BIND(keep_top_entropy);
+  IGPO_BIND(forward_mask);
+  IGPO_BIND(policy_loss);
 }

@@ -63,5 +63,22 @@ IGPO_KERNEL(masked_cross_entropy_backward, const float* grad_loss, int64_t grad_
             const int64_t* offsets, const int64_t* targets, const float* weights, const float* row_max,
             const float* log_sum, void* out, int64_t rows, int64_t vocab, int64_t ignore_index, double divisor,
             int dtype, int threads)
+// sample_hint_mask: row r shows floor(ratio[r] * chunks) chunks of its trace; out (rows, length)
+IGPO_KERNEL(sample_hint_mask, const int64_t* trace_lengths, const double* ratio, const int64_t* row_ids, bool* out,
+            int64_t rows, int64_t length, int64_t low, int64_t high, uint64_t key, int threads)
+
+// keep_top_entropy: per row, the max(1, floor(fraction * n)) of its n candidates with the highest entropy
+IGPO_KERNEL(keep_top_entropy, const float* entropy, const bool* candidates, bool* out, int64_t rows, int64_t length,
+            double fraction, int threads)
+
+// forward_mask: noisy tokens and where they were masked; with `exact`, round(t * n) of a row's n maskable ones
+IGPO_KERNEL(forward_mask, const int64_t* tokens, const bool* maskable, const double* t, const int64_t* row_ids,
+            int64_t* noisy, bool* masked, int64_t rows, int64_t length, int64_t mask_id, uint64_t key, bool exact,
+            int threads)
+
+// policy_loss: the gradient by logprob, and out = {loss, clip_fraction, kl, ratio_mean}; kl: 0, 1, 2 for k1, k2, k3
+IGPO_KERNEL(policy_loss, const float* logprob, const float* old_logprob, const float* advantages, const bool* token_mask,
+            const float* weights, const float* ref_logprob, float* grad, float* out, int64_t rows, int64_t length,
+            double low, double high, bool sequence, double kl_coef, int kl, int threads)
 
 }  // namespace igpo
