@@ -63,6 +63,7 @@ IGPO_KERNEL(masked_cross_entropy_backward, const float* grad_loss, int64_t grad_
             const int64_t* offsets, const int64_t* targets, const float* weights, const float* row_max,
             const float* log_sum, void* out, int64_t rows, int64_t vocab, int64_t ignore_index, double divisor,
             int dtype, int threads)
+
 // sample_hint_mask: row r shows floor(ratio[r] * chunks) chunks of its trace; out (rows, length)
 IGPO_KERNEL(sample_hint_mask, const int64_t* trace_lengths, const double* ratio, const int64_t* row_ids, bool* out,
             int64_t rows, int64_t length, int64_t low, int64_t high, uint64_t key, int threads)

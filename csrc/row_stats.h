@@ -74,12 +74,17 @@ IGPO_INLINE float tile_max(const T* x, int64_t n) {  // ignores NaN: the sums wi
   return max_lanes(max(max(top[0], top[1]), max(top[2], top[3])));
 }
 
-// The exponent of a logit, at least -128: e^t is 0 there, and t * e^t must be 0 for a logit of -inf too. NaN stays NaN.
-IGPO_INLINE F shifted(F x, float shift, float scale) { return max(splat(-128.0f), (x - shift) * scale); }
+// The exponent of a logit. Where t itself is used it is kept at -128 or more: e^t is 0 there, and t * e^t has to be 0
+// for a logit of -inf too. NaN stays NaN.
+template <bool kBounded>
+IGPO_INLINE F exponent(F x, float shift, float scale) {
+  const F t = (x - shift) * scale;
+  return kBounded ? max(splat(-128.0f), t) : t;
+}
 
 template <bool kDot>
 IGPO_INLINE void accumulate(F x, float shift, float scale, F& sum, F& dot) {
-  const F t = shifted(x, shift, scale);
+  const F t = exponent<kDot>(x, shift, scale);
   const F e = exp_nonpositive(t);
   sum += e;
   if (kDot) dot += t * e;
@@ -198,15 +203,15 @@ struct RowGradient {
 };
 
 template <bool kLinear>
-IGPO_INLINE F gradient_of(F x, float shift, float scale, const RowGradient& g) {
-  const F t = shifted(x, shift, scale);
+IGPO_INLINE F gradient_of(F x, float shift, float scale, const RowGradient g) {
+  const F t = exponent<kLinear>(x, shift, scale);
   const F e = exp_nonpositive(t);
   return kLinear ? e * (t * g.linear + g.constant) : e * g.constant;
 }
 
 // out may be x: a vector is read before it is written.
 template <bool kLinear, class T>
-void slice_gradient(const T* x, T* out, int64_t count, float shift, float scale, const RowGradient& g) {
+void slice_gradient(const T* x, T* out, int64_t count, float shift, float scale, const RowGradient g) {
   int64_t i = 0;
   for (; i + 2 * kPair <= count; i += 2 * kPair) {
     F v[4];
