@@ -29,9 +29,7 @@ class RowOp:
 
 
 REFERENCE = RowOp(token_logprob.reference_forward, token_logprob.reference_backward)
-CPU = RowOp(
-    token_logprob.cpu_forward, lambda *args: token_logprob.cpu_backward(*args, out=args[2])
-)
+CPU = RowOp(token_logprob.cpu_forward, lambda *args: token_logprob.cpu_backward(*args, out=args[2]))
 
 
 def check(

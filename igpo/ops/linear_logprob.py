@@ -145,7 +145,7 @@ def linear_logprob(
         outside the vocabulary (looked for on the CPU only).   BackendError: a forced backend refuses.
     Accuracy: logits, sums over chunks and statistics are float32 whatever the input dtype; gradients are rounded to
     the input dtype once. Extra memory: one chunk of logits in float32.
-    Source: as token_logprob; float32 logits because one bfloat16 ulp at |logit| 16-32 moves a probability ratio by 13 %.
+    Source: as token_logprob; float32 logits, as one bfloat16 ulp at |logit| 16-32 moves a probability ratio by 13 %.
     """
     op = OP.name
     _linear.check(op, hidden, weight, bias, chunk_rows)

@@ -61,14 +61,14 @@ OP = Op(
 
 def _run(hidden: Tensor, weight: Tensor, targets: Tensor, weights, bias, ignore_index, *rest):
     _rows.check_targets(OP.name, targets, len(weight), ignore_index)
-    return OP(
-        "forward", hidden.device, hidden, weight, targets, weights, bias, ignore_index, *rest
-    )
+    return OP("forward", hidden.device, hidden, weight, targets, weights, bias, ignore_index, *rest)
 
 
 def _fake(hidden: Tensor, weight: Tensor, targets: Tensor, *rest) -> Results:
     wide = _rows.wide(hidden.dtype)
-    return hidden.new_empty((), dtype=wide), *_linear.empty_gradients(hidden, weight, rest[-1], wide)
+    return hidden.new_empty((), dtype=wide), *_linear.empty_gradients(
+        hidden, weight, rest[-1], wide
+    )
 
 
 def setup_context(ctx, inputs, output) -> None:
