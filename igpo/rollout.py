@@ -115,7 +115,9 @@ class _Sampler:
         self.steps = steps_per_block(length, cfg)
         self.masked = masked.unflatten(1, (-1, cfg.block_length)).sum(-1).tolist()  # row, block
         self.seed = seed.named(f"rollout/{seed.step}").value
-        self.suppressed = torch.tensor((canvas.mask_id,), device=canvas.tokens.device)
+        self.suppressed = torch.tensor(
+            (canvas.mask_id, *cfg.suppress_tokens), device=canvas.tokens.device
+        )
         self.tokens = canvas.tokens.clone()
         self.step_map = torch.full_like(canvas.completion, GIVEN)
         self.logprob = torch.zeros(size, length, device=canvas.tokens.device)
