@@ -35,6 +35,7 @@ ALIASES = {
     "min_chunk_size": "chunk_min",
     "max_chunk_size": "chunk_max",
 }
+_YAML_BREAKS = frozenset("\n\r\x85\u2028\u2029\ufeff")  # a plain YAML scalar does not keep these
 # keys of TRL that have no counterpart, and what to do instead
 ELSEWHERE = {
     "gradient_accumulation_steps": "it follows: prompts_per_step * num_generations / per_device_train_batch_size",
@@ -174,7 +175,15 @@ def dump(record: Any) -> str:
     """YAML text; `read` gives back an equal tree."""
     import yaml
 
-    return yaml.safe_dump(_plain(record), sort_keys=False, allow_unicode=True)
+    class Dumper(yaml.SafeDumper):
+        """Quotes what YAML would read back as a line break."""
+
+    def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+        style = '"' if _YAML_BREAKS & set(value) else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style)
+
+    Dumper.add_representer(str, text)
+    return yaml.dump(_plain(record), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def flatten(record: Any) -> dict[str, Any]:
