@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 import igpo
@@ -36,11 +38,9 @@ def main() -> None:
     for op in OPS.values():
         table += rows(op)
     widths = [max(len(line[i]) for line in table) for i in range(4)]
-    print(header())
-    for line in table:
-        print(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        )
+    cells = (zip(line, widths, strict=True) for line in table)
+    lines = ("  ".join(cell.ljust(width) for cell, width in line).rstrip() for line in cells)
+    sys.stdout.write("\n".join([header(), *lines]) + "\n")
 
 
 if __name__ == "__main__":
