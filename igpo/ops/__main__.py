@@ -35,7 +35,7 @@ def header() -> str:
 
 def main() -> None:
     table = [("op", "backend", "here", "checked on")]
-    for op in OPS.values():
+    for _, op in sorted(OPS.items()):
         table += rows(op)
     widths = [max(len(line[i]) for line in table) for i in range(4)]
     cells = (zip(line, widths, strict=True) for line in table)
