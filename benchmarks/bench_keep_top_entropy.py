@@ -15,7 +15,8 @@ FRACTION = 0.2
 def eager(entropy: Tensor, candidates: Tensor) -> Tensor:
     count = candidates.sum(-1, keepdim=True)
     keep = (count.double() * FRACTION).floor().clamp(min=1)
-    order = torch.where(candidates, entropy, -torch.inf).argsort(-1, descending=True, stable=True)
+    score = torch.where(candidates, entropy, -torch.inf)
+    order = score.argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(entropy.shape[1]).expand_as(order)
     )
