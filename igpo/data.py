@@ -32,7 +32,7 @@ def strip_calculator_annotations(text: str) -> str:
 
 
 def load_prompts(
-    path: str | Path, cfg: DataConfig, tokenizer: Any, *, limit: int | None = None
+    path: str | Path | None, cfg: DataConfig, tokenizer: Any, *, limit: int | None = None
 ) -> list[Prompt]:
     """Reads a JSONL file: one object per line with a prompt, and usually a worked solution and an answer.
 
@@ -42,7 +42,7 @@ def load_prompts(
     last copy; arXiv:2509.10396, section 3). Calculator annotations are removed.
 
     Args:
-        path: the file, UTF-8. Blank lines are skipped.
+        path: the file, UTF-8. Blank lines are skipped. None, an option without a value, is an error.
         cfg: names of the columns. The answer is in answer_column, or else follows answer_marker in the trace.
         tokenizer: a fast tokenizer with eos_token.
         limit: reads the first `limit` problems only.
@@ -51,6 +51,8 @@ def load_prompts(
     Raises:
         DataError: no such file, no problems, or a line that is not as cfg says. Nothing is skipped or cut.
     """
+    if path is None:
+        raise DataError("a JSONL file of problems must be named, got none.")
     path = Path(path)
     rows = [_Row(path, number, record, cfg) for number, record in _records(path, limit)]
     if not rows:

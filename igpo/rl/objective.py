@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,13 @@ class Terms:
     ratio_mean: Tensor
 
 
+class Divisor(NamedTuple):
+    """size: of the loss, by its loss_type.   tokens: of the metrics, which are means over the loss's tokens."""
+
+    size: float
+    tokens: float
+
+
 @dataclass(frozen=True)
 class Objective:
     """The clipped policy objective with a KL term.
@@ -44,12 +52,14 @@ class Objective:
     kl: str
     loss_type: str
 
-    def divisor(self, batch: PolicyBatch, inner: int) -> float:
-        """What the sum over rows is divided by, of a whole batch: never less than 1."""
-        return max(1.0, LOSS_TYPES[self.loss_type].size(batch.token_mask[inner]))
+    def divisor(self, batch: PolicyBatch, inner: int) -> Divisor:
+        """What sums over the rows of a whole batch are divided by: never less than 1."""
+        mask = batch.token_mask[inner]
+        size = LOSS_TYPES[self.loss_type].size(mask)
+        return Divisor(max(1.0, size), max(1.0, float(mask.sum())))
 
     def __call__(
-        self, logprob: Tensor, batch: PolicyBatch, advantages: Tensor, inner: int, divisor: float
+        self, logprob: Tensor, batch: PolicyBatch, advantages: Tensor, inner: int, divisor: Divisor
     ) -> tuple[Tensor, Metrics]:
         """The loss of these rows, and its metrics.
 
@@ -64,12 +74,12 @@ class Objective:
         old = logprob.detach() if old is None else old
         advantages = advantages.to(logprob.dtype)
         terms = kind.terms(self, logprob, old, ref, advantages, mask)
-        share = kind.size(mask) / divisor
+        share, of_tokens = kind.size(mask) / divisor.size, float(mask.sum()) / divisor.tokens
         hints = batch.canvas.frozen & mask
         metrics = {
-            "clip_ratio/region_mean": float(terms.clip_fraction.detach()) * share,
-            "kl": float(terms.kl.detach()) * share,
-            "logp/ratio_mean": float(terms.ratio_mean.detach()) * share,
+            "clip_ratio/region_mean": float(terms.clip_fraction.detach()) * of_tokens,
+            "kl": float(terms.kl.detach()) * of_tokens,
+            "logp/ratio_mean": float(terms.ratio_mean.detach()) * of_tokens,
             "inpaint/tokens_kept_entropy": float(hints.sum()),
         }
         return terms.loss * share, metrics

@@ -1,0 +1,137 @@
+"""`igpo generate`: completions of prompts, and what the canvas looks like on the way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.live import Live
+from rich.text import Text
+from torch import Tensor
+
+from .canvas import masked_canvases
+from .config import Config, ConfigError, DataConfig, GenerateOptions
+from .config_io import validate
+from .data import load_prompts, prompt_ids
+from .logging import output, progress, say
+from .policy import build_policy, load_tokenizer
+from .rewards.grader import completion_texts
+from .rollout import denoise
+from .types import Canvas, Prompt, Seed
+
+OnStep = Callable[[int, Tensor], None]
+
+
+def run(cfg: Config, options: GenerateOptions) -> list[str]:
+    """`igpo generate`: num_samples completions per prompt, as text or as JSONL; show_steps shows the denoising."""
+    validate(cfg)
+    if options.num_samples < 1:
+        raise ConfigError(f"num_samples must be at least 1, got {options.num_samples}.")
+    tokenizer = load_tokenizer(cfg.model)
+    prompts = read_prompts(cfg.data, options, tokenizer)
+    policy = build_policy(cfg, tokenizer)
+    size = max(1, cfg.rollout.rollout_batch_size // options.num_samples)
+    if options.show_steps:
+        size = 1
+    texts: list[str] = []
+    with progress(len(prompts), "generate") as advance:
+        for start in range(0, len(prompts), size):
+            some = prompts[start : start + size]
+            canvas = masked_canvases(
+                some, num_generations=options.num_samples, completion_length=cfg.rollout.max_completion_length,
+                mask_id=tokenizer.mask_token_id, pad_id=tokenizer.pad_token_id, eos_id=tokenizer.eos_token_id,
+                device=policy.device,
+            )  # fmt: skip
+            with shown_steps(canvas, tokenizer, options.show_steps) as on_step:
+                seed = Seed(cfg.train.seed).named("generate")
+                rollouts = denoise(policy, canvas, cfg.rollout, seed, on_step=on_step)
+            texts += completion_texts(rollouts, tokenizer)
+            advance(len(some))
+    _write(prompts, texts, options)
+    return texts
+
+
+def read_prompts(cfg: DataConfig, options: GenerateOptions, tokenizer: Any) -> list[Prompt]:
+    """From `prompt`, a JSONL file (its prompt_column), or a text file with a prompt a line. Raises ConfigError."""
+    if (options.prompt is None) == (options.prompt_file is None):
+        raise ConfigError("generate must have either prompt or prompt_file, got both or neither.")
+    if options.prompt_file is None:
+        texts = [options.prompt or ""]
+    elif options.prompt_file.endswith(".jsonl"):
+        plain = DataConfig(
+            prompt_column=cfg.prompt_column,
+            trace_column=None,
+            max_prompt_length=cfg.max_prompt_length,
+        )
+        return load_prompts(options.prompt_file, plain, tokenizer)
+    else:
+        texts = Path(options.prompt_file).read_text(encoding="utf-8").splitlines()
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise ConfigError("generate: there is no prompt: every line is blank.")
+    pairs = zip(texts, prompt_ids(texts, tokenizer), strict=True)
+    return [Prompt(text, ids, row) for row, (text, ids) in enumerate(pairs)]
+
+
+@contextmanager
+def shown_steps(canvas: Canvas, tokenizer: Any, wanted: bool) -> Iterator[OnStep | None]:
+    """A callback that shows the first completion of the canvas after every step: live on a terminal, else as lines."""
+    if not wanted:
+        yield None
+        return
+    before = canvas.completion[0].tolist()
+    if not output.is_terminal:
+
+        def as_line(step: int, tokens: Tensor) -> None:
+            row = tokens[0, canvas.prompt_length :].tolist()
+            output.print(
+                f"{step:4d} {render(row, before, canvas, tokenizer).plain}",
+                soft_wrap=True,
+                markup=False,
+            )
+            before[:] = row
+
+        yield as_line
+        return
+    with Live(console=output, auto_refresh=False) as live:
+
+        def redraw(step: int, tokens: Tensor) -> None:
+            row = tokens[0, canvas.prompt_length :].tolist()
+            live.update(render(row, before, canvas, tokenizer), refresh=True)
+            before[:] = row
+
+        yield redraw
+
+
+def render(row: Sequence[int], before: Sequence[int], canvas: Canvas, tokenizer: Any) -> Text:
+    """The tokens of a completion: masked ones as a dim block, those new since `before` in green, hints in yellow."""
+    text, frozen = Text(), canvas.frozen[0].tolist()
+    for now, then, hint in zip(row, before, frozen, strict=True):
+        if now == canvas.mask_id:
+            text.append("\u2591", "dim")
+        elif now != canvas.eos_id:
+            style = "yellow" if hint else "bold green" if now != then else ""
+            text.append(tokenizer.decode([now]), style)
+    return text
+
+
+def _write(prompts: Sequence[Prompt], texts: Sequence[str], options: GenerateOptions) -> None:
+    owners = torch.arange(len(prompts)).repeat_interleave(options.num_samples).tolist()
+    if options.output_file is None:
+        for owner, text in zip(owners, texts, strict=True):
+            output.print(
+                f"> {prompts[owner].text}\n{text}\n", markup=False, highlight=False, soft_wrap=True
+            )
+        return
+    path = Path(options.output_file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [
+        {"prompt": prompts[owner].text, "sample": i % options.num_samples, "completion": text}
+        for i, (owner, text) in enumerate(zip(owners, texts, strict=True))
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    say(f"written: {path}")

@@ -1,0 +1,105 @@
+"""Evaluation: numbers that follow from verdicts, independence of the batch size, and the program's files."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from igpo import evaluate as program
+from igpo.cli import main
+from igpo.config import Config
+from igpo.config_io import assign, dump
+from igpo.data import load_prompts
+from igpo.evaluate import Completion, evaluate, pass_at_k, summary, wilson
+from igpo.policy import build_policy, load_tokenizer
+from igpo.rewards import make_grader
+
+
+def line(row: int, correct: bool) -> Completion:
+    return Completion(row, 0, "q", "a", "1", correct, float(correct), 7, 4)
+
+
+@given(st.integers(1, 6), st.data())
+def test_pass_at_k_is_the_fraction_of_subsets_with_a_correct_one(
+    n: int, data: st.DataObject
+) -> None:
+    c, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
+    subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
+    assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_wilson_interval_is_that_of_the_books() -> None:
+    assert wilson(0.5, 10) == pytest.approx((0.23659, 0.76341), abs=1e-5)
+    assert wilson(0.0, 20) == pytest.approx((0.0, 0.16113), abs=1e-5)
+    assert wilson(1.0, 20)[1] == 1.0
+
+
+def test_summary_counts_problems_not_completions() -> None:
+    verdicts = {0: [True, True, True, True], 1: [True, False, False, False], 2: [False] * 4}
+    found = summary([line(row, v) for row, vs in verdicts.items() for v in vs])
+    assert found["accuracy"] == pytest.approx(5 / 12)
+    assert found["pass@2"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert found["pass@4"] == pytest.approx(2 / 3)
+    assert found["num_problems"] == 3
+    assert found["accuracy_low"] < found["accuracy"] < found["accuracy_high"]
+    one = summary([line(row, row < 3) for row in range(10)])
+    assert (one["accuracy_low"], one["accuracy_high"]) == wilson(0.3, 10)
+    assert "pass@2" not in one
+
+
+def options(cfg: Config, **changes: object) -> Config:
+    return assign(cfg, list(changes.items()), "test")
+
+
+def test_the_result_does_not_depend_on_the_batch_size(tiny: Callable[..., Config]) -> None:
+    cfg = options(tiny(), eval_temperature=1.0, num_eval_generations=3)
+    tokenizer = load_tokenizer(cfg.model)
+    policy, grade = build_policy(cfg, tokenizer), make_grader(tokenizer, cfg.reward)
+    prompts = load_prompts(cfg.data.train_file, cfg.data, tokenizer)
+    found = []
+    for size in (1, 5, 64):
+        batched = options(cfg, eval_batch_size=size)
+        chunks = program.complete(policy, tokenizer, prompts, grade, batched)
+        found.append([text for graded in chunks for text in graded.completions])
+    assert found[0] == found[1] == found[2]
+    assert len(found[0]) == 3 * len(prompts)
+    other = program.complete(
+        policy, tokenizer, prompts, grade, replace(cfg, train=replace(cfg.train, seed=9))
+    )
+    assert [text for graded in other for text in graded.completions] != found[0]
+
+
+def test_evaluate_agrees_with_a_verifier_that_knows(tiny: Callable[..., Config]) -> None:
+    cfg = options(tiny(), num_eval_generations=2)
+    tokenizer = load_tokenizer(cfg.model)
+    prompts = load_prompts(cfg.data.train_file, cfg.data, tokenizer)
+    grade = make_grader(tokenizer, cfg.reward, verifier=lambda _, prompt: prompt.row_id == 0)
+    metrics = evaluate(build_policy(cfg, tokenizer), tokenizer, prompts, grade, cfg)
+    assert metrics["accuracy"] == pytest.approx(1 / len(prompts))
+    assert metrics["reward"] == pytest.approx(1 / len(prompts))
+    assert metrics["forwards"] > 0
+    assert 0 <= metrics["completion_length"] <= cfg.rollout.max_completion_length
+
+
+def test_the_program_writes_numbers_protocol_and_every_completion(
+    tiny: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    cfg = tiny(f"output_dir={tmp_path / 'out'}")
+    cfg = options(cfg, eval_file=cfg.data.train_file, num_eval_generations=2, eval_limit=2)
+    config, predictions = tmp_path / "eval.yaml", tmp_path / "deep" / "predictions.jsonl"
+    config.write_text(dump(cfg), encoding="utf-8")
+    assert main(["eval", str(config), f"predictions_file={predictions}"]) == 0
+    lines = [json.loads(text) for text in predictions.read_text().splitlines()]
+    assert [(x["row"], x["sample"]) for x in lines] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert record["metrics"]["accuracy"] == sum(x["correct"] for x in lines) / 4
+    assert record["protocol"]["temperature"] == 0.0
+    assert record["protocol"]["num_eval_generations"] == 2
+    assert "accuracy" in capsys.readouterr().out

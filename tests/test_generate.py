@@ -1,0 +1,91 @@
+"""`igpo generate`: where prompts come from, where completions go, and the view of the canvas."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from igpo.canvas import masked_canvases, with_hints
+from igpo.cli import main
+from igpo.config import Config, ConfigError, DataConfig, GenerateOptions
+from igpo.config_io import dump
+from igpo.generate import read_prompts, render, run
+from igpo.policy import load_tokenizer
+
+
+def test_one_prompt_gives_its_samples_on_standard_output(
+    tiny: Callable[..., Config], capsys: pytest.CaptureFixture
+) -> None:
+    texts = run(tiny(), GenerateOptions(prompt="2 + 2?", num_samples=3))
+    assert len(texts) == 3
+    assert capsys.readouterr().out.count("> 2 + 2?") == 3
+
+
+def test_files_of_prompts_give_jsonl_whatever_the_batch_size(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    plain, out = tmp_path / "prompts.txt", tmp_path / "deep" / "out.jsonl"
+    plain.write_text("one\n\ntwo\nthree\n", encoding="utf-8")
+    found = []
+    for size in (1, 64):
+        config = tmp_path / "config.yaml"
+        config.write_text(dump(tiny(f"rollout_batch_size={size}")), encoding="utf-8")
+        words = [str(config), f"prompt_file={plain}", f"output_file={out}", "num_samples=2"]
+        assert main(["generate", *words]) == 0
+        found.append([json.loads(line) for line in out.read_text().splitlines()])
+    assert found[0] == found[1]
+    assert [(x["prompt"], x["sample"]) for x in found[0]] == [
+        (p, i) for p in ("one", "two", "three") for i in (0, 1)
+    ]
+
+
+def test_jsonl_prompts_need_their_column_only(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"q": "what?"}\n', encoding="utf-8")
+    tokenizer = load_tokenizer(tiny().model)
+    (prompt,) = read_prompts(
+        DataConfig(prompt_column="q"), GenerateOptions(prompt_file=str(path)), tokenizer
+    )
+    assert prompt.text == "what?"
+
+
+def test_steps_are_lines_when_there_is_no_terminal(
+    tiny: Callable[..., Config], capsys: pytest.CaptureFixture
+) -> None:
+    run(tiny(), GenerateOptions(prompt="2?", show_steps=True))
+    lines = capsys.readouterr().out.splitlines()
+    steps = [line for line in lines if line[:4].strip().isdigit()]
+    assert [int(line[:4]) for line in steps] == [0, 1, 2, 3]
+    assert steps[0].count("\u2591") > steps[2].count("\u2591")
+
+
+def test_the_view_tells_masked_new_and_given_tokens_apart(tiny: Callable[..., Config]) -> None:
+    tokenizer = load_tokenizer(tiny().model)
+    a, b, c = (tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in "123")
+    (prompt,) = read_prompts(DataConfig(), GenerateOptions(prompt="x"), tokenizer)
+    mask, eos = tokenizer.mask_token_id, tokenizer.eos_token_id
+    canvas = masked_canvases(
+        [prompt], num_generations=1, completion_length=5, mask_id=mask, pad_id=tokenizer.pad_token_id, eos_id=eos
+    )  # fmt: skip
+    canvas = with_hints(canvas, torch.full((1, 5), a), torch.arange(5)[None] == 0)
+    text = render([a, b, c, mask, eos], [a, mask, c, mask, mask], canvas, tokenizer)
+    assert text.plain == "123\u2591"
+    assert [span.style for span in text.spans] == ["yellow", "bold green", "dim"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "either prompt or prompt_file, got both or neither"),
+        ({"prompt": "a", "prompt_file": "b"}, "either prompt or prompt_file"),
+        ({"prompt": "  "}, "there is no prompt"),
+        ({"prompt": "a", "num_samples": 0}, "num_samples must be at least 1, got 0"),
+    ],
+)
+def test_bad_options_are_refused(tiny: Callable[..., Config], options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(tiny(), GenerateOptions(**options))
