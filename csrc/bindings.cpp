@@ -17,4 +17,15 @@ PYBIND11_MODULE(_C, m) {
 #endif
 
   IGPO_BIND(merge_hints);
+  IGPO_BIND(unmask_step);
+
+  IGPO_BIND(token_logprob);
+  IGPO_BIND(token_logprob_backward);
+
+  IGPO_BIND(masked_cross_entropy);
+  IGPO_BIND(masked_cross_entropy_backward);
+  IGPO_BIND(sample_hint_mask);
+  IGPO_BIND(keep_top_entropy);
+  IGPO_BIND(forward_mask);
+  IGPO_BIND(policy_loss);
 }

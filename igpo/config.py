@@ -1,12 +1,16 @@
 """The configuration tree of every program. Leaf names are TRL's where TRL has the notion; leaf names are unique.
 
-Imports nothing of igpo. Defaults are the published IGPO run (arXiv:2509.10396; ALGORITHMS 4.5) unless a comment says
-otherwise.
+Imports nothing of igpo. Defaults are the published IGPO run (arXiv:2509.10396 and its released code) unless a comment
+says otherwise. Comments are the help text of `igpo COMMAND --help`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
+
+class ConfigError(ValueError):
+    """Something the user can put right before the program starts; the command line prints it as one line."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,7 @@ class LoraConfig:
     use_lora: bool = False
     lora_r: int = 128
     lora_alpha: int = 64
-    lora_dropout: float = (
-        0.0  # dropout makes the first on-policy ratio differ from 1 (ALGORITHMS 17)
-    )
-    lora_target_modules: tuple[str, ...] = ()  # (): every linear layer of the decoder
+    lora_target_modules: tuple[str, ...] = ()  # (): every linear layer of the decoder, not the head
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,12 @@ class InpaintConfig:
     entropy_filter: float = (
         0.2  # tau: fraction of hint tokens (highest entropy first) that enter the loss
     )
-    layout: str = "original"  # or scaled (released code: ALGORITHMS 4.7 items 2-5)
-    trigger: str = "correctness"  # or total_reward
+    layout: str = "original"  # or scaled (released code: hints spread over the canvas)
+    trigger: str = "correctness"  # or total_reward: no correct row, and equal rewards
     replace_order: str = "random"  # or first (released code overwrites the first rows)
-    exclude_answer: bool = True  # False: the last chunk is always revealed (released code)
+    exclude_answer: bool = (
+        True  # False: hints may come from the whole trace; scaled: always its last chunk
+    )
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,17 @@ class AlgorithmConfig:
     scale_rewards: str = "none"  # advantage: none (centred), group (z-score), loo (leave one out)
     likelihood: str = "mean_field"  # or random_mask, step_map
     p_mask_prompt: float = 0.0  # prompt tokens masked at random when scoring (diffu-GRPO: 0.15)
+    min_mask_ratio: float = (
+        0.0  # random_mask: of the first inner update (released code: 30 steps of 128)
+    )
     num_slices: int = 4  # step_map: canvases scored per inner update
+    hint_mode: str = "score"  # or condition: hints stay visible and get no gradient
     importance_sampling_level: str = "sequence"  # or token
     epsilon: float = 0.2
     epsilon_high: float | None = None  # None: epsilon
     beta: float = 0.01
     kl_estimator: str = "k3"
-    loss_type: str = "grpo"  # grpo: sequence-mean; bnpo: token-mean; dr_grpo: constant L; released: ALGORITHMS 4.7
+    loss_type: str = "grpo"  # grpo: sequence-mean; bnpo: token-mean; dr_grpo: constant L; released: the released code
     mask_after_eos: bool = (
         False  # True: score up to and including the first EOS (d1); False: the whole canvas (IGPO)
     )
@@ -131,9 +138,9 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SFTConfig:
-    """Masked SFT (ALGORITHMS 2.4): per-example mask ratio t, cross-entropy of masked tokens weighted by 1/t or L/l."""
+    """Masked SFT (LLaDA, arXiv:2502.09992): a mask ratio t per example, cross-entropy of the masked tokens."""
 
-    sft_weighting: str = "1/t"  # or L/l, or none
+    sft_weighting: str = "1/t"  # or L/l (l of L tokens are masked), or none
     sft_epsilon: float = 1e-3  # smallest t
     sft_batch_size: int = 64
     train_on_eos_padding: bool = (
@@ -160,3 +167,39 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
+
+
+# what a command takes beside the tree (docs/architecture.md, "Programs")
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    predictions_file: str | None = None  # JSONL: every completion with its verdict
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    prompt: str | None = None  # one prompt, as typed
+    prompt_file: str | None = None  # JSONL (prompt_column), or one prompt a line
+    output_file: str | None = None  # JSONL; None: standard output
+    num_samples: int = 1  # completions per prompt
+    show_steps: bool = False  # show the canvas after every denoise step
+
+
+@dataclass(frozen=True)
+class TokenizerOptions:
+    """`igpo tokenizer` takes these alone."""
+
+    files: tuple[str, ...] = ()  # JSONL, or plain text
+    columns: tuple[str, ...] = ("question", "answer")  # of the JSONL files
+    vocab_size: int = 2048
+    output_dir: str = "tokenizer"
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """`igpo demo` takes these alone."""
+
+    out: str = "demo-out"  # folder of the figure, the page and the numbers
+    from_scratch: bool = False  # True: pretrain the small model instead of loading it
+    seed: int = 3

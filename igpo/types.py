@@ -160,14 +160,14 @@ class PolicyBatch:
     """What the inner updates need of a graded batch.
 
     draws: per inner update, the draws of that update.   old_logprob, ref_logprob: per inner update (B, L) float32 or
-    None where the objective does not need them.   targets: (B, L) int64, the completion.   token_mask: (B, L) bool, the
-    tokens that enter the loss (completion mask and entropy filter).
+    None where the objective does not need them.   targets: (B, L) int64, the completion.   token_mask: per inner update
+    (B, L) bool, the tokens that enter the loss (masked by the draws, completion mask, entropy filter).
     """
 
     canvas: Canvas
     draws: tuple[tuple[Draw, ...], ...]
     targets: Tensor
-    token_mask: Tensor
+    token_mask: tuple[Tensor, ...]
     old_logprob: tuple[Tensor | None, ...]
     ref_logprob: tuple[Tensor | None, ...]
 
@@ -231,7 +231,7 @@ def _map_rows(record: Any, of_tensor: Callable, of_tuple: Callable) -> Any:
             changes[item.name] = _map_rows(value, of_tensor, of_tuple)
         elif isinstance(value, Mapping) and item.name == "parts":
             changes[item.name] = {k: of_tensor(v) for k, v in value.items()}
-        elif item.name in ("draws", "old_logprob", "ref_logprob"):
+        elif item.name in ("draws", "token_mask", "old_logprob", "ref_logprob"):
             changes[item.name] = _nested(value, of_tensor, of_tuple)
         elif isinstance(value, tuple):
             changes[item.name] = of_tuple(value)

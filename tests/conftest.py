@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from igpo import config_io
+from igpo.config import Config
 from igpo.ops import OPS, _native, use_backend
 
 SHARED = Path(os.environ.get("IGPO_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -62,3 +65,42 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 def ran():
     """ran("merge_hints") -> the backend the op's last call really used."""
     return lambda op: OPS[op].chosen[0]
+
+
+@pytest.fixture(scope="session")
+def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer (one token a word) and problems.jsonl: additions with a worked solution."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<mask>", "<eos>", "+", "=", "####", *map(str, range(19))]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    folder = tmp_path_factory.mktemp("problems")
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", mask_token="<mask>", eos_token="<eos>"
+    ).save_pretrained(folder)
+    sums = [(a, (7 * a + 3) % 10) for a in range(10)]
+    rows = [
+        {"question": f"{a} + {b} =", "answer": f"{a} + {b} = {a + b} #### {a + b}"} for a, b in sums
+    ]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def tiny(problems: Path, tmp_path: Path) -> Callable[..., Config]:
+    """tiny("beta=0", …): a configuration that trains a very small decoder on `problems`, in tmp_path/run."""
+
+    def make(*overrides: str) -> Config:
+        settings = (
+            f"tokenizer_name_or_path={problems}", f"train_file={problems / 'problems.jsonl'}",
+            f"output_dir={tmp_path / 'run'}", "report_to=none", "device=cpu",
+            "hidden_size=16", "num_hidden_layers=1", "num_attention_heads=2", "intermediate_size=32",
+            "max_completion_length=8", "block_length=4", "diffusion_steps=4",
+            "prompts_per_step=2", "num_generations=4", "num_iterations=2", "max_steps=4",
+            "per_device_train_batch_size=3", "learning_rate=1e-2", "warmup_steps=2",
+        )  # fmt: skip
+        return config_io.load([], [*settings, *overrides])
+
+    return make

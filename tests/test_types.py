@@ -46,13 +46,15 @@ def test_take_reaches_into_draws() -> None:
     values = torch.arange(B).float()[:, None].expand(B, L)
     draw = Draw(canvas.tokens, values > 2, None)
     batch = PolicyBatch(
-        canvas, ((draw,), (draw, draw)), canvas.completion, values > 0, (values, None), (None, None)
-    )
+        canvas, ((draw,), (draw, draw)), canvas.completion, (values > 0, values > 4),
+        (values, None), (None, None),
+    )  # fmt: skip
     part = take(batch, torch.tensor([4]))
     assert [len(draws) for draws in part.draws] == [1, 2]
     assert part.draws[1][1].tokens.tolist() == [[4] * (S + L)]
     assert part.old_logprob[0].tolist() == [[4.0] * L]
     assert part.old_logprob[1] is None
+    assert [mask.tolist() for mask in part.token_mask] == [[[True] * L], [[False] * L]]
 
 
 def test_seed_streams_are_reproducible_and_distinct() -> None:

@@ -71,3 +71,18 @@ def logits(op: str, value: object, *, argument: str = "logits", min_dim: int = 1
         value.stride(-1) == 1 or value.shape[-1] == 1, op, argument, "have a contiguous last dimension",
         value, "Call .contiguous() first.",
     )  # fmt: skip
+
+
+def row_ids(op: str, value: Tensor | None, rows: int, device: torch.device) -> Tensor:
+    """(B,) int64 identities of the sequences; 0..B-1 when none are given."""
+    if value is None:
+        return torch.arange(rows, device=device)
+    tensor(op, "row_ids", value, dtype=torch.int64, shape=(rows,), device=device)
+    return value
+
+
+def in_unit_interval(op: str, argument: str, value: Tensor) -> None:
+    """Every element of a CPU tensor lies in [0, 1]. Called where the op runs, so that tracing never sees it; on a
+    GPU nothing is looked at, as the host would have to wait."""
+    if value.device.type == "cpu" and not bool(((value >= 0) & (value <= 1)).all()):
+        require(False, op, argument, "lie in [0, 1]", value.tolist())

@@ -29,6 +29,12 @@ def key(seed: int, step: int, stream: int) -> int:
     return _splitmix64(_splitmix64(_splitmix64(seed & MASK64) ^ (step & MASK64)) ^ stream)
 
 
+def signed_key(seed: int, step: int, stream: int) -> int:
+    """key() as a two's-complement int64, the integer type of registered ops."""
+    value = key(seed, step, stream)
+    return value - (1 << 64) if value >> 63 else value
+
+
 def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     """The high and low 32 bits of the product of 32-bit numbers held in int64."""
     low16, high16 = b & 0xFFFF, b >> 16

@@ -1,0 +1,6 @@
+"""`python -m igpo` is `igpo`."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

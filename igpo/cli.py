@@ -1,0 +1,206 @@
+"""The command line: finds the command, reads its configuration, imports its program, calls it.
+
+Nothing beyond the standard library is imported before a command needs it, so that help and `igpo env` work without the
+[train] extras.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import config, config_io
+from .config import Config, ConfigError
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+TRACEBACK = "--traceback"
+
+
+@dataclass(frozen=True)
+class Command:
+    """`target` is "module:function", called with (cfg if tree) and (options if it has any)."""
+
+    summary: str
+    target: str
+    tree: bool = True
+    options: type | None = None
+
+
+@dataclass(frozen=True)
+class Start:
+    preset: str | None = None  # published settings to start from: a key of igpo.rl.presets.PRESETS
+
+
+COMMANDS = {
+    "train": Command("reinforcement learning: IGPO, GRPO and kin", "igpo.train:run"),
+    "sft": Command("masked supervised fine-tuning", "igpo.sft:run"),
+    "eval": Command("accuracy on a file of problems", "igpo.evaluate:run", options=config.EvalOptions),
+    "generate": Command("completions of prompts", "igpo.generate:run", options=config.GenerateOptions),
+    "tokenizer": Command("trains a tokenizer with a mask token", "igpo.tokenizer:run", False, config.TokenizerOptions),
+    "demo": Command("GRPO against IGPO on a small problem, on the CPU", "igpo.demo:main", False, config.DemoOptions),
+    "ops": Command("which backend of which op runs here, or why not", "igpo.ops.__main__:main", False),
+    "env": Command("versions and machine, for bug reports", "igpo.cli:env", False),
+}  # fmt: skip
+
+# what `pip install igpo[train]` brings, by the name it is imported under
+TRAIN_EXTRA = ("yaml", "rich", "transformers", "tokenizers", "safetensors", "tensorboard", "matplotlib")  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns 0; 1: the run failed; 2: it could not start as asked; 130: interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        _write(overview())
+        return OK if words else USAGE
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        near = config_io.nearest(name, COMMANDS)
+        return _fail("igpo", f"unknown command {name!r}. The nearest one is {near!r}.", USAGE)
+    if {"-h", "--help"} & set(rest):
+        _write(usage(name))
+        return OK
+    if TRACEBACK in rest:
+        rest.remove(TRACEBACK)
+        _call(COMMANDS[name], rest)
+        return OK
+    return _guarded(name, rest)
+
+
+def _guarded(name: str, words: Sequence[str]) -> int:
+    """One line instead of a traceback for what a user can understand; a defect of igpo keeps its traceback."""
+    where = f"igpo {name}"
+    try:
+        _call(COMMANDS[name], words)
+    except KeyboardInterrupt:
+        return _fail(where, "interrupted", INTERRUPTED)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in TRAIN_EXTRA:
+            raise
+        return _fail(where, f"{error.name} is not installed: pip install 'igpo[train]'", USAGE)
+    except (ValueError, FileNotFoundError) as error:
+        return _fail(where, str(error), USAGE)
+    except (RuntimeError, ArithmeticError, OSError) as error:
+        return _fail(where, f"{error} ({TRACEBACK} shows where)", FAILED)
+    return OK
+
+
+def _call(command: Command, words: Sequence[str]) -> None:
+    arguments = parse(command, words)
+    module, _, function = command.target.partition(":")
+    getattr(importlib.import_module(module), function)(*arguments)
+
+
+def parse(command: Command, words: Sequence[str]) -> list[Any]:
+    """The arguments of a command's function. Raises ConfigError."""
+    files, given = _sort(command, words)
+    if files and not command.tree:
+        raise ConfigError(
+            f"command line: {files[0]!r} must be key=value; this command takes no file."
+        )
+    arguments: list[Any] = []
+    if command.tree:
+        preset = _filled(Start, given).preset
+        cfg = Config()
+        if preset is not None:
+            cfg = config_io.assign(cfg, _preset(preset), f"preset {preset}")
+        for file in files:
+            cfg = config_io.assign(cfg, config_io.read(file), file)
+        arguments.append(_filled(Config, given, cfg))
+        config_io.validate(arguments[0])
+    return [*arguments, *([_filled(command.options, given)] if command.options else [])]
+
+
+def _filled(cls: type, given: Sequence[tuple[str, str]], start: Any = None) -> Any:
+    """A record of `cls` with those of the given keys that are its own."""
+    own = [pair for pair in given if pair[0] in config_io.leaves(cls)]
+    return config_io.assign(cls() if start is None else start, own, "command line")
+
+
+def _preset(name: str) -> list[tuple[str, Any]]:
+    presets = importlib.import_module("igpo.rl.presets").PRESETS
+    if name not in presets:
+        raise ConfigError(
+            f"command line: preset must be one of {', '.join(presets)}, got {name!r}."
+        )
+    return config_io.pairs(presets[name])
+
+
+def _sort(command: Command, words: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Words as (YAML files, pairs of full key and value): key=value, --key=value, --key value, --flag for a bool."""
+    files: list[str] = []
+    given: list[tuple[str, str]] = []
+    known = _keys(command)
+    left: Iterator[str] = iter(words)
+    for word in left:
+        option, (key, equals, value) = word.startswith("--"), word.removeprefix("--").partition("=")
+        if not option and not equals:
+            files.append(word)
+            continue
+        name = config_io.resolve(key, known, "command line")
+        if not equals:
+            value = "true" if known[name].kind is bool else next(left, None)
+        if value is None:
+            raise ConfigError(f"command line: {word} needs a value.")
+        given.append((name, value))
+    return files, given
+
+
+def _keys(command: Command) -> dict[str, config_io.Leaf]:
+    parts = [
+        *([Start, Config] if command.tree else []),
+        *([command.options] if command.options else []),
+    ]
+    return {key: leaf for part in parts for key, leaf in config_io.leaves(part).items()}
+
+
+def overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: igpo COMMAND [CONFIG.yaml ...] [key=value ...]",
+            "",
+            *lines,
+            "",
+            "`igpo COMMAND --help` lists the keys. `--key value` is the same as key=value; later ones win.",
+        ]
+    )
+
+
+def usage(name: str) -> str:
+    """The keys of a command with type, default and meaning."""
+    command = COMMANDS[name]
+    files = "[CONFIG.yaml ...] " if command.tree else ""
+    lines = [f"usage: igpo {name} {files}[key=value ...]", "", f"{command.summary}."]
+    section: tuple[str, ...] | None = None
+    for leaf in _keys(command).values():
+        if leaf.path[:-1] != section:
+            section = leaf.path[:-1]
+            lines += ["", f"{'.'.join(section)}:"] if section else [""]
+        comment = f"  # {leaf.comment}" if leaf.comment else ""
+        default = config_io.show(leaf.default)
+        lines.append(f"  {leaf.path[-1]}={default}  ({leaf.type_name}){comment}")
+    if command.tree:
+        spellings = ", ".join(f"{alias} = {key}" for alias, key in config_io.ALIASES.items())
+        lines += ["", f"Also understood: {spellings}."]
+    return "\n".join(lines)
+
+
+def env() -> None:
+    """`igpo env`."""
+    from .environment import report
+
+    _write(json.dumps(report(), indent=1))
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def _fail(where: str, message: str, status: int) -> int:
+    sys.stderr.write(f"{where}: {message}\n")
+    return status

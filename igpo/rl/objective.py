@@ -1,0 +1,155 @@
+"""Objectives: from log-probs and advantages to the loss.
+
+    J = agg_k min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) - beta KL(pi || pi_ref),   loss = -J
+
+A loss is a sum over rows divided by the `divisor` of the whole batch, so the losses of row micro-batches add up to the
+loss of the batch, and so do its metrics: each is the batch's mean once its micro-batches are summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from igpo.ops import policy_loss
+from igpo.types import Metrics, PolicyBatch
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Means over a (micro-)batch; loss carries the gradient."""
+
+    loss: Tensor
+    clip_fraction: Tensor
+    kl: Tensor
+    ratio_mean: Tensor
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The clipped policy objective with a KL term.
+
+    epsilon, epsilon_high: the ratio is clipped to [1 - epsilon, 1 + epsilon_high].   ratio: "token", or "sequence"
+    (GSPO: the exponential of the mean log-ratio over the loss's tokens).   beta, kl: coefficient and estimator (k1, k2,
+    k3) of the KL to the reference.   loss_type: a key of LOSS_TYPES.
+    """
+
+    epsilon: float
+    epsilon_high: float
+    ratio: str
+    beta: float
+    kl: str
+    loss_type: str
+
+    def divisor(self, batch: PolicyBatch, inner: int) -> float:
+        """What the sum over rows is divided by, of a whole batch: never less than 1."""
+        return max(1.0, LOSS_TYPES[self.loss_type].size(batch.token_mask[inner]))
+
+    def __call__(
+        self, logprob: Tensor, batch: PolicyBatch, advantages: Tensor, inner: int, divisor: float
+    ) -> tuple[Tensor, Metrics]:
+        """The loss of these rows, and its metrics.
+
+        Args:
+            logprob: (B, L) of inner update `inner`, with gradient.   batch: the same rows.
+            advantages: (B,).   divisor: `self.divisor` of the batch that these rows are part of.
+        Returns:
+            loss: scalar.   metrics: floats; like the loss they add up over micro-batches.
+        """
+        kind, mask = LOSS_TYPES[self.loss_type], batch.token_mask[inner]
+        old, ref = batch.old_logprob[inner], batch.ref_logprob[inner]
+        old = logprob.detach() if old is None else old
+        advantages = advantages.to(logprob.dtype)
+        terms = kind.terms(self, logprob, old, ref, advantages, mask)
+        share = kind.size(mask) / divisor
+        hints = batch.canvas.frozen & mask
+        metrics = {
+            "clip_ratio/region_mean": float(terms.clip_fraction.detach()) * share,
+            "kl": float(terms.kl.detach()) * share,
+            "logp/ratio_mean": float(terms.ratio_mean.detach()) * share,
+            "inpaint/tokens_kept_entropy": float(hints.sum()),
+        }
+        return terms.loss * share, metrics
+
+
+def _fused(aggregate: str) -> Callable[..., Terms]:
+    """The terms by ops.policy_loss, whose own mean (`aggregate`) is over the rows it is given."""
+
+    def terms(
+        spec: Objective,
+        logprob: Tensor,
+        old: Tensor,
+        ref: Tensor | None,
+        advantages: Tensor,
+        mask: Tensor,
+    ) -> Terms:
+        result = policy_loss(
+            logprob, old, advantages, mask, clip=(spec.epsilon, spec.epsilon_high), ratio=spec.ratio,
+            ref_logprob=ref, kl_coef=spec.beta, kl=spec.kl, aggregate=aggregate,
+        )  # fmt: skip
+        return Terms(result.loss, result.clip_fraction, result.kl, result.ratio_mean)
+
+    return terms
+
+
+def _constant_mean(
+    spec: Objective,
+    logprob: Tensor,
+    old: Tensor,
+    ref: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+) -> Terms:
+    """The sum over tokens divided by all positions, whatever the mask."""
+    terms = _fused("sum")(spec, logprob, old, ref, advantages, mask)
+    return replace(terms, loss=terms.loss / max(1, mask.numel()))
+
+
+def _released(
+    spec: Objective,
+    logprob: Tensor,
+    old: Tensor,
+    ref: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+) -> Terms:
+    """The released IGPO code's loss: the mean over the loss's tokens, with a sequence ratio over *all* L positions.
+
+    So a hint token that the entropy filter dropped has no term of its own, and still gets gradient through the ratio.
+    The KL is k3 per token. With a token ratio nothing differs from the token mean.
+    """
+    if spec.ratio == "token":
+        return _fused("token-mean")(spec, logprob, old, ref, advantages, mask)
+    tokens = mask.sum().clamp(min=1)
+
+    def mean(values: Tensor) -> Tensor:
+        return values.masked_fill(~mask, 0).sum() / tokens
+
+    ratio = (logprob - old).mean(1, keepdim=True).exp().expand_as(logprob)
+    unclipped = ratio * advantages[:, None]
+    clipped = ratio.clamp(1 - spec.epsilon, 1 + spec.epsilon_high) * advantages[:, None]
+    kl = torch.zeros_like(logprob) if ref is None else torch.expm1(ref - logprob) - (ref - logprob)
+    per_token = -torch.minimum(unclipped, clipped) + spec.beta * kl
+    return Terms(mean(per_token), mean((clipped < unclipped).to(kl.dtype)), mean(kl), mean(ratio))
+
+
+@dataclass(frozen=True)
+class LossType:
+    """terms: the mean over some rows.   size: of a (B, L) mask, what that mean divides by."""
+
+    terms: Callable[..., Terms]
+    size: Callable[[Tensor], float]
+
+
+LOSS_TYPES = {
+    # GRPO, IGPO eq. 5: mean over sequences of the mean over their tokens
+    "grpo": LossType(_fused("sequence-mean"), lambda mask: float(mask.shape[0])),
+    # DAPO, and d1's code per micro-batch: mean over all tokens of the batch
+    "bnpo": LossType(_fused("token-mean"), lambda mask: float(mask.sum())),
+    # Dr. GRPO: the sum over tokens by the constant B * L
+    "dr_grpo": LossType(_constant_mean, lambda mask: float(mask.numel())),
+    "released": LossType(_released, lambda mask: float(mask.sum())),
+}

@@ -1,0 +1,247 @@
+"""Training: Algorithm 1 of IGPO (arXiv:2509.10396), and of every other composition in igpo/rl/algorithms.py.
+
+`train` is the algorithm; what it needs is made by `set_up` below it. Left out of the paper: several machines (one
+process trains on one device).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import checkpoint, metrics
+from .canvas import GENERATIONS_PER_PROMPT, masked_canvases
+from .checkpoint import State
+from .config import Config
+from .config_io import validate
+from .data import batches, load_prompts
+from .evaluate import evaluate
+from .logging import RunLog, completions_table, console, progress, say
+from .optim import TrainingError, Updater
+from .policy import Reference, build_policy, load_tokenizer, reference_of
+from .rewards import make_grader
+from .rl.algorithms import Algorithm, Grade, build_algorithm
+from .rl.explorer import SECOND_ATTEMPT
+from .rollout import denoise
+from .types import Graded, Metrics, PolicyBatch, Prompt, Seed, take
+
+SHOWN = ("reward", "loss", "grad_norm")  # beside the progress bar
+
+
+class Batches(Protocol):
+    def at(self, step: int) -> Sequence[Prompt]:
+        """The prompts of a step: a function of the step alone, so that a run can be resumed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a training run consists of."""
+
+    cfg: Config
+    policy: Any  # a Policy that is also a torch module
+    tokenizer: Any
+    batches: Batches
+    grade: Grade
+    algorithm: Algorithm
+    reference: Reference | None
+    updater: Updater
+    evaluate: Callable[[], Metrics] | None = None  # on held-out problems, every eval_steps
+    state: State = field(default_factory=State)  # where a resumed run goes on
+
+
+def train(run: Run, log: RunLog) -> Metrics:
+    """max_steps steps of the algorithm, from run.state on. Returns the metrics logged last.
+
+    Raises:
+        TrainingError: a loss, a gradient or logits are not finite; the weights are those before the update.
+    """
+    cfg, policy, algorithm = run.cfg, run.policy, run.algorithm
+    with _Book(run, log) as book:
+        for step in range(run.state.step, cfg.train.max_steps):
+            seed = Seed(cfg.train.seed).at(step)
+            prompts = run.batches.at(step)
+
+            # sample G completions of every prompt from the policy, and grade them
+            canvas = masked_canvases(prompts, **_canvas_options(run))
+            rollouts = denoise(policy, canvas, cfg.rollout, seed)
+            graded = run.grade(rollouts, prompts)
+
+            # IGPO: a group with no correct completion gets some that are generated around hints from the trace
+            rescued = algorithm.explorer(policy, prompts, graded, seed)
+            advantages = algorithm.advantage(rescued)
+
+            # score the completions under the old policy and the reference, then update the policy mu times
+            batch = algorithm.likelihood.prepare(policy, rescued, seed, run.reference)
+            updates = [
+                update(run, batch, advantages, inner, f"step {step}, inner update {inner}")
+                for inner in range(cfg.rl.num_iterations)
+            ]
+            book.end(step, prompts, graded, rescued, advantages, updates)
+    return book.last
+
+
+def update(run: Run, batch: PolicyBatch, advantages: Tensor, inner: int, where: str) -> Metrics:
+    """One optimizer update from the loss of inner update `inner` over the whole batch."""
+    rows = torch.arange(len(advantages))
+    loss, found = backward(run, batch, advantages, inner, rows)
+    done = run.updater.step(loss, where, lambda: culprits(run, batch, advantages, inner))
+    return {"loss": loss, **found, **done}
+
+
+def backward(
+    run: Run, batch: PolicyBatch, advantages: Tensor, inner: int, rows: Tensor
+) -> tuple[float, Metrics]:
+    """Adds the gradient of the loss of `rows` of the batch, per_device_train_batch_size rows at a time.
+
+    The loss is a sum over rows by a divisor of the whole batch, so the size of the micro-batches only sets the memory
+    needed.
+    """
+    algorithm, total = run.algorithm, {"loss": 0.0}
+    divisor = algorithm.objective.divisor(batch, inner)
+    for part in rows.split(run.cfg.train.per_device_train_batch_size):
+        some = take(batch, part)
+        logprobs = algorithm.likelihood(run.policy, some, inner)
+        loss, found = algorithm.objective(logprobs, some, advantages[part], inner, divisor)
+        loss.backward()
+        metrics.add(total, {"loss": float(loss.detach()), **found})
+    return total.pop("loss"), total
+
+
+def culprits(run: Run, batch: PolicyBatch, advantages: Tensor, inner: int) -> list[str]:
+    """The rows whose loss or gradient is not finite by itself; all rows when only their sum is not."""
+
+    def fails(rows: Tensor) -> bool:
+        run.updater.zero_grad()
+        loss, _ = backward(run, batch, advantages, inner, rows)
+        return not torch.isfinite(torch.tensor([loss, run.updater.gradient_norm()])).all()
+
+    everything = torch.arange(len(advantages))
+    size = run.cfg.train.per_device_train_batch_size
+    suspects = [row for part in everything.split(size) if fails(part) for row in part]
+    found = [row for row in suspects if fails(row[None])] or list(everything)
+    return [_row_name(int(batch.canvas.row_ids[row])) for row in found]
+
+
+def _row_name(row_id: int) -> str:
+    problem, place = divmod(row_id, GENERATIONS_PER_PROMPT)
+    attempt, completion = divmod(place, SECOND_ATTEMPT)
+    return f"{'hinted ' if attempt else ''}completion {completion} of dataset row {problem}"
+
+
+def run(cfg: Config) -> Metrics:
+    """`igpo train`: everything from the configuration. Returns the metrics of the last step."""
+    ready = set_up(cfg)
+    weights = sum(p.numel() for p in ready.policy.parameters() if p.requires_grad)
+    with RunLog(cfg, ready.state.step) as log:
+        say(
+            f"{cfg.rl.algorithm}: {weights / 1e6:.2f} M trained weights in {ready.policy.dtype} on "
+            f"{ready.policy.device}, steps {ready.state.step} to {cfg.train.max_steps}, in {cfg.train.output_dir}"
+        )
+        return train(ready, log)
+
+
+def set_up(cfg: Config) -> Run:
+    """The parts of a run, resumed where cfg says so. Raises ConfigError or ValueError before anything runs."""
+    validate(cfg, need=("train_file",))
+    if cfg.train.num_threads:
+        torch.set_num_threads(cfg.train.num_threads)
+    folder = checkpoint.find(cfg)
+    tokenizer = load_tokenizer(cfg.model)
+    prompts = load_prompts(cfg.data.train_file, cfg.data, tokenizer)
+    grade = make_grader(tokenizer, cfg.reward)
+    algorithm = build_algorithm(cfg.rl, cfg.rollout, grade, pad_id=tokenizer.pad_token_id)
+    policy = build_policy(cfg, tokenizer)
+    reference = reference_of(policy, cfg)  # before a checkpoint's weights are loaded
+    updater = Updater(policy, cfg.train, cfg.train.max_steps * cfg.rl.num_iterations)
+    state = checkpoint.restore(folder, policy, updater, cfg) if folder else State()
+    order = batches(prompts, cfg.train.prompts_per_step, Seed(cfg.train.seed))
+    held_out = _evaluation(cfg, policy, tokenizer, grade) if cfg.train.eval_steps else None
+    return Run(cfg, policy, tokenizer, order, grade, algorithm, reference, updater, held_out, state)
+
+
+def _evaluation(cfg: Config, policy: Any, tokenizer: Any, grade: Grade) -> Callable[[], Metrics]:
+    assert cfg.data.eval_file is not None, "validate asks for it"
+    limit = cfg.evaluation.eval_limit
+    held_out = load_prompts(cfg.data.eval_file, cfg.data, tokenizer, limit=limit)
+    return partial(evaluate, policy, tokenizer, held_out, grade, cfg)
+
+
+def _canvas_options(run: Run) -> dict[str, Any]:
+    tokenizer, cfg = run.tokenizer, run.cfg
+    return {
+        "num_generations": cfg.rl.num_generations,
+        "completion_length": cfg.rollout.max_completion_length,
+        "mask_id": tokenizer.mask_token_id,
+        "pad_id": tokenizer.pad_token_id,
+        "eos_id": tokenizer.eos_token_id,
+        "device": run.policy.device,
+    }
+
+
+class _Book:
+    """What surrounds the algorithm: progress, metrics, evaluation, log, checkpoints, the step in error messages."""
+
+    def __init__(self, run: Run, log: RunLog) -> None:
+        self.run, self.log = run, log
+        self.num_tokens = run.state.counters.get("num_tokens", 0.0)
+        self.recent: list[Metrics] = []  # of the steps since the last line of the log
+        self.last: Metrics = {}
+        self.step, self.began = run.state.step, time.monotonic()
+        self.progress = progress(run.cfg.train.max_steps - run.state.step, "train")
+
+    def __enter__(self) -> _Book:
+        self.advance = self.progress.__enter__()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        self.progress.__exit__(kind, error, traceback)
+        if isinstance(error, FloatingPointError):
+            raise TrainingError(f"step {self.step}: {error}") from error
+
+    def end(
+        self, step: int, prompts: Sequence[Prompt], graded: Graded, rescued: Graded, advantages: Tensor,
+        updates: Sequence[Metrics],
+    ) -> None:  # fmt: skip
+        """Writes what is due after `step`."""
+        cfg, done = self.run.cfg.train, step + 1
+        self.num_tokens += float(graded.rollouts.canvas.attention_mask.sum())
+        self.recent.append(self._of_step(graded, rescued, updates))
+        last = done == cfg.max_steps
+        held_out: Metrics = {}
+        if self.run.evaluate and _due(done, cfg.eval_steps):
+            held_out = {f"eval_{key}": value for key, value in self.run.evaluate().items()}
+        if _due(done, cfg.logging_steps) or held_out or last:
+            totals = {"num_tokens": self.num_tokens, "learning_rate": updates[-1]["learning_rate"]}
+            self.last = {**metrics.mean(self.recent), **totals, **held_out}
+            self.log.log(step, self.last)
+            self.recent = []
+            if cfg.log_completions:
+                console.print(completions_table(rescued, prompts, advantages))
+        if _due(done, cfg.save_steps) or last:
+            state = State(done, {"num_tokens": self.num_tokens})
+            run = self.run
+            checkpoint.save(run.policy, run.tokenizer, run.updater, run.cfg, state)
+        self.advance(**{key: self.last[key] for key in SHOWN if key in self.last})
+        self.step, self.began = done, time.monotonic()
+
+    def _of_step(self, graded: Graded, rescued: Graded, updates: Sequence[Metrics]) -> Metrics:
+        return {
+            **metrics.of_rewards(graded),
+            **metrics.of_rollouts(graded.rollouts),
+            **rescued.metrics,
+            **metrics.mean(updates),
+            "rollout/forwards": float(rescued.rollouts.num_forwards),
+            **metrics.peak_memory(self.run.policy.device),
+            "step_time": time.monotonic() - self.began,
+        }
+
+
+def _due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0

@@ -1,0 +1,218 @@
+"""unmask_step's random draws: laws, tails, keys, and the bits of the Gumbel noise."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from igpo.ops import _philox, _sampling, unmask_step, use_backend
+
+MASK = 1_000_000
+
+
+def draw(logits: torch.Tensor, **rule) -> torch.Tensor:
+    tokens = torch.full(logits.shape[:2], MASK)
+    rule = {"mask_id": MASK, "num_unmask": logits.shape[1], "temperature": 1.0} | rule
+    return unmask_step(logits, tokens, **rule).tokens
+
+
+def chi_square(drawn: torch.Tensor, p: torch.Tensor) -> tuple[float, int]:
+    """The statistic and its degrees of freedom; tokens expected fewer than 10 times share a bin."""
+    expected = p * drawn.numel()
+    counts = torch.bincount(drawn.flatten(), minlength=p.numel()).double()
+    rare = expected < 10
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    kept = expected > 1
+    assert counts[~kept].sum() <= 12  # what is not tested is rare
+    return float(((counts - expected)[kept] ** 2 / expected[kept]).sum()), int(kept.sum()) - 1
+
+
+def assert_law(drawn: torch.Tensor, p: torch.Tensor) -> None:
+    statistic, degrees = chi_square(drawn, p)
+    limit = degrees + 3.7 * math.sqrt(2 * degrees) + 10  # p-value below 1e-4 (Laurent-Massart)
+    assert statistic < limit, f"chi-square {statistic:.1f} with {degrees} degrees of freedom"
+
+
+@pytest.mark.parametrize("sampler", ["icdf", "gumbel"])
+@pytest.mark.parametrize(("vocab", "temperature"), [(2, 1.0), (100, 0.6), (100, 1.5)])
+def test_frequencies_match_the_softmax(
+    backend: str, sampler: str, temperature: float, vocab: int
+) -> None:
+    row = torch.randn(vocab) * 2
+    logits = row.expand(2, 8_000, vocab)
+    drawn = draw(logits, sampler=sampler, temperature=temperature, seed=5)
+    assert_law(drawn, torch.softmax(row.double() / temperature, -1))
+
+
+@pytest.mark.parametrize("sampler", ["icdf", "gumbel"])
+def test_frequencies_over_several_slices(sampler: str) -> None:
+    """A vocabulary of three slices and a bit; what is drawn is compared by groups of 64 tokens."""
+    row = torch.randn(12_500) * 3
+    with use_backend("cpu"):
+        drawn = draw(row.expand(2, 10_000, 12_500), sampler=sampler, seed=1)
+    p = torch.softmax(row.double(), -1)
+    groups = torch.zeros(196, dtype=torch.float64).index_add(0, torch.arange(12_500) // 64, p)
+    assert_law(drawn // 64, groups)
+    assert_law(drawn, p)
+
+
+@pytest.mark.parametrize("sampler", ["icdf", "gumbel"])
+def test_tail_of_many_improbable_tokens(sampler: str) -> None:
+    """Half the mass on one token, half spread over 8191 tokens of 6e-5 each, none favoured."""
+    row = torch.zeros(8192)
+    row[3000] = math.log(8191)
+    with use_backend("cpu"):
+        drawn = draw(row.expand(4, 10_000, 8192), sampler=sampler, seed=2)
+    tail = drawn[drawn != 3000]
+    assert abs(tail.numel() - 20_000) < 5 * 100  # binomial, standard deviation 100
+    tail = tail - (tail > 3000).long()
+    assert_law(tail * 64 // 8191, torch.bincount(torch.arange(8191) * 64 // 8191) / 8191)
+    assert tail.max() > 8100
+
+
+def test_uniform_resolves_more_than_32_bits(backend: str) -> None:
+    """A token of probability p = u (1 -+ 3e-6), u the smallest of 2^18 uniforms, is not drawn, or drawn.
+
+    The upper 32 bits of that uniform alone would put it outside this interval.
+    """
+    words = _philox.philox(_philox.key(0, 0, 1), torch.arange(1 << 18), 0, torch.tensor(0))
+    uniforms = _philox.uniform53(words[0], words[1])
+    best = int(uniforms.argmin())
+    u = float(uniforms[best])
+    assert u < 2.0**-15
+    assert abs(float(_philox.uniform(words[0][best])) / u - 1) > 1e-5
+    logits, eligible = torch.zeros(1, best + 1, 2), torch.zeros(1, best + 1, dtype=torch.bool)
+    eligible[0, best] = True
+    for error, token in ((-3e-6, 1), (3e-6, 0)):
+        logits[0, best, 0] = math.log(u) - math.log1p(-u) + error
+        assert draw(logits, eligible=eligible)[0, best] == token
+
+
+def test_noise_resolves_more_than_32_bits() -> None:
+    u = torch.tensor([2.0**-53, 0.5, 1 - 2.0**-53], dtype=torch.float64)
+    noise = -_sampling.exact_log(-_sampling.exact_log(u))
+    want = [-math.log(53 * math.log(2)), -math.log(math.log(2)), 53 * math.log(2)]
+    torch.testing.assert_close(noise, torch.tensor(want, dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+def test_cpu_draws_as_the_float64_cumulative_sum() -> None:
+    """Up to float32 rounding at the boundaries, whatever the shape of the distribution."""
+    disagree = total = 0
+    for scale, vocab in ((0.0, 4500), (3.0, 4500), (12.0, 4500), (3.0, 257), (1.0, 5)):
+        logits = torch.randn(2, 500, vocab) * scale
+        with use_backend("cpu"):
+            ours = draw(logits, temperature=1.3, seed=9)
+        with use_backend("reference"):
+            theirs = draw(logits, temperature=1.3, seed=9)
+        disagree += int((ours != theirs).sum())
+        total += ours.numel()
+    assert disagree <= total // 1000, f"{disagree} of {total} draws differ from the float64 sum"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "temperature"),
+    [
+        (torch.float32, 1e-3),
+        (torch.float32, 1.9),
+        (torch.bfloat16, 0.7),
+        (torch.float16, 1.0),
+    ],
+    ids=str,
+)
+def test_gumbel_draws_the_same_tokens_everywhere(
+    isa: str, dtype: torch.dtype, temperature: float
+) -> None:
+    for vocab, scale in ((1, 1.0), (31, 0.0), (4133, 3.0), (9001, 0.1), (4096, 30.0)):
+        logits = (torch.randn(2, 3, vocab) * scale).to(dtype)
+        logits[0, 0, : vocab // 2] = -torch.inf
+        rule = {"sampler": "gumbel", "temperature": temperature, "seed": -7, "step": 3}
+        rule["row_ids"] = torch.tensor([2**40 + 1, -5])
+        ours = draw(logits, **rule)
+        with use_backend("reference"):
+            assert torch.equal(ours, draw(logits, **rule))
+
+
+def test_gumbel_bits() -> None:
+    """The noise of five tokens, bit for bit, so that no backend's definition moves unseen."""
+    key, position, row = _philox.key(1, 2, 3), torch.tensor([0, 9]), torch.tensor([4, 2**33])
+    noise = _sampling.gumbel(key, position, row, 5)
+    assert noise.shape == (2, 5)
+    assert [x.hex() for x in noise[1].tolist()] == [
+        "0x1.b3cc84eb5dceap-1",
+        "0x1.19afa9abe76aep+1",
+        "0x1.c5172ededa69ep+1",
+        "0x1.8cce4df97fe4bp-2",
+        "-0x1.3c0b443f1bf44p+0",
+    ]
+    for token in range(5):
+        words = _philox.philox(key, position, token // 2, row)
+        u = _philox.uniform53(words[token % 2 * 2], words[token % 2 * 2 + 1])
+        want = [-math.log(-math.log(x)) for x in u.tolist()]
+        torch.testing.assert_close(
+            noise[:, token], torch.tensor(want, dtype=torch.float64), atol=1e-12, rtol=0
+        )
+
+
+def test_exact_log_is_a_logarithm() -> None:
+    u = torch.cat(
+        [
+            torch.logspace(-300, 300, 4001, dtype=torch.float64),
+            1 - torch.logspace(-16, -1, 4001).double(),
+        ]
+    )
+    truth = torch.tensor([math.log(x) for x in u.tolist()], dtype=torch.float64)
+    kept = truth != 0
+    error = ((_sampling.exact_log(u) - truth)[kept] / truth[kept]).abs().max()
+    assert error < 1e-13
+    assert _sampling.exact_log(torch.ones(1, dtype=torch.float64)) == 0
+
+
+@pytest.mark.parametrize("sampler", ["icdf", "gumbel"])
+@pytest.mark.parametrize("confidence", ["prob", "random"])
+def test_a_row_draws_the_same_in_any_batch(backend: str, sampler: str, confidence: str) -> None:
+    logits, tokens = torch.randn(4, 3, 4200), torch.where(torch.rand(4, 3) < 0.8, MASK, 1)
+    ids = torch.tensor([7, 2**35, -3, 0])
+    rule = {"mask_id": MASK, "num_unmask": 2, "temperature": 0.9, "confidence": confidence}
+    rule |= {"sampler": sampler, "seed": 3, "step": 8}
+    whole = unmask_step(logits, tokens, row_ids=ids, **rule)
+    order = torch.tensor([3, 0, 2, 1])
+    moved = unmask_step(logits[order], tokens[order], row_ids=ids[order], **rule)
+    alone = [
+        unmask_step(logits[b : b + 1], tokens[b : b + 1], row_ids=ids[b : b + 1], **rule)
+        for b in range(4)
+    ]
+    for i, name in enumerate(whole._fields):
+        assert torch.equal(whole[i][order], moved[i]), name
+        assert torch.equal(whole[i], torch.cat([step[i] for step in alone])), name
+    default = unmask_step(logits, tokens, **rule)
+    assert all(
+        map(torch.equal, default, unmask_step(logits, tokens, row_ids=torch.arange(4), **rule))
+    )
+
+
+@pytest.mark.parametrize("sampler", ["icdf", "gumbel"])
+def test_draws_depend_on_seed_step_row_and_position(backend: str, sampler: str) -> None:
+    logits = torch.zeros(2, 30, 1000)
+    base = {"sampler": sampler, "seed": 1, "step": 1, "row_ids": torch.tensor([3, 4])}
+    tokens = draw(logits, **base)
+    assert torch.equal(tokens, draw(logits, **base))
+    assert (tokens[0] == tokens[1]).float().mean() < 0.1
+    assert tokens[0].unique().numel() > 24
+    for change in ({"seed": 2}, {"step": 2}, {"row_ids": torch.tensor([3 + 2**32, 5])}):
+        other = draw(logits, **(base | change))
+        assert (tokens == other).float().mean() < 0.1, change
+
+
+def test_random_confidence_is_uniform_and_independent_of_the_token(backend: str) -> None:
+    logits, tokens = torch.randn(20, 1000, 2), torch.full((20, 1000), MASK)
+    step = unmask_step(
+        logits, tokens, mask_id=MASK, num_unmask=1000, temperature=1.0, confidence="random"
+    )
+    assert step.score.min() > 0
+    assert step.score.max() < 1
+    assert_law((step.score * 50).long(), torch.full((50,), 1 / 50))
+    mean = [step.score[step.tokens == v].mean().item() for v in (0, 1)]
+    assert abs(mean[0] - mean[1]) < 5 * math.sqrt(2 / 12 / 10_000)

@@ -1,0 +1,69 @@
+"""Policies and canvases small enough for any test: a decoder of 2 layers, and logits written down by hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from igpo.canvas import masked_canvases, with_hints
+from igpo.models import MaskedDecoder, MaskedDecoderConfig
+from igpo.types import Canvas, Prompt, Rollouts
+
+VOCAB, MASK, EOS, PAD = 23, 22, 21, 20
+
+
+def small_decoder(seed: int = 1) -> MaskedDecoder:
+    config = MaskedDecoderConfig(
+        vocab_size=VOCAB, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3,
+        initializer_range=0.3, mask_token_id=MASK, eos_token_id=EOS, pad_token_id=PAD,
+    )  # fmt: skip
+    return MaskedDecoder.from_seed(config, seed)
+
+
+class Scripted:
+    """A policy without a model: the last prompt token p says that completion position i has logits script[p, i]."""
+
+    head_bias = None
+
+    def __init__(self, script: Tensor) -> None:
+        self.script, self.head_weight = script, torch.eye(script.shape[-1])
+
+    def hidden(self, tokens: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        length = self.script.shape[1]
+        prompt = tokens.shape[1] - length
+        return torch.cat(
+            (torch.zeros(len(tokens), prompt, len(self.head_weight)), self.script[tokens[:, prompt - 1]]), 1
+        )  # fmt: skip
+
+
+def early_script() -> Scripted:
+    """Blocks of 4: prompt token 1 has all EOS in block 1, 2 in block 0, 3 all but one in block 0; elsewhere token 3."""
+    script = torch.zeros(4, 16, VOCAB)
+    script[..., 3] = 9.0
+    script[1, 4:8, EOS] = script[2, :4, EOS] = script[3, 1:4, EOS] = 20.0
+    return Scripted(script)
+
+
+def canvases(
+    *, generations: int = 3, length: int = 16, ends: tuple[int, ...] = (3, 5, 2)
+) -> Canvas:
+    """Prompts of different lengths that end in tokens `ends`."""
+    prompts = [
+        Prompt("", (*range(1, 1 + (3 * i + 1) % 5), end), row_id=100 - i)
+        for i, end in enumerate(ends)
+    ]
+    return masked_canvases(
+        prompts, num_generations=generations, completion_length=length, mask_id=MASK, pad_id=PAD, eos_id=EOS
+    )  # fmt: skip
+
+
+def hinted(canvas: Canvas, ratio: float = 0.4) -> Canvas:
+    shape = canvas.frozen.shape
+    mask = torch.rand(shape) < ratio * torch.arange(shape[0])[:, None] / (shape[0] - 1)
+    return with_hints(canvas, torch.randint(0, PAD, shape), mask)  # row 0 has none
+
+
+def before_step(rollouts: Rollouts, step: int) -> Tensor:
+    """The canvas before a denoise step, rebuilt."""
+    completion = rollouts.completion.masked_fill(rollouts.step_map >= step, MASK)
+    return torch.cat((rollouts.canvas.tokens[:, : rollouts.canvas.prompt_length], completion), 1)
