@@ -1,0 +1,64 @@
+"""The demo's figure: held-out accuracy and all-wrong fraction of every arm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .results import ArmResult
+
+# one colour per arm everywhere: Okabe and Ito's palette, distinguishable without colour vision
+COLOURS = {
+    "grpo": "#0072B2",
+    "grpo_resample": "#56B4E9",
+    "igpo": "#D55E00",
+    "trace_in_group": "#009E73",
+}
+LABELS = {
+    "grpo": "GRPO",
+    "grpo_resample": "GRPO, all-wrong groups resampled",
+    "igpo": "IGPO",
+    "trace_in_group": "full trace put into the group",
+}
+
+
+def plot(arms: Sequence[ArmResult], path: Path, title: str) -> None:
+    """Writes a PNG: accuracy against rollouts and against model forwards, and the all-wrong fraction of the groups."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
+    for arm in arms:
+        style = {"color": COLOURS[arm.name], "label": LABELS[arm.name]}
+        measured = [p for p in arm.points if p.accuracy is not None]
+        accuracy = [100 * p.accuracy for p in measured if p.accuracy is not None]
+        axes[0].plot([p.rollouts for p in measured], accuracy, marker="o", ms=3, **style)
+        axes[1].plot([p.forwards for p in measured], accuracy, marker="o", ms=3, **style)
+        axes[2].plot(
+            [p.rollouts for p in arm.points],
+            _smooth([100 * p.all_wrong for p in arm.points]),
+            **style,
+        )
+    for axis, x, y in zip(
+        axes,
+        ("rollouts", "model forwards (sequences)", "rollouts"),
+        ("held-out accuracy, %", "held-out accuracy, %", "all-wrong groups, %"),
+        strict=True,
+    ):
+        axis.set_xlabel(x)
+        axis.set_ylabel(y)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _smooth(values: Sequence[float], width: int = 5) -> list[float]:
+    """Mean over the last `width` steps: a step has few groups."""
+    return [
+        sum(values[max(0, i - width + 1) : i + 1]) / min(width, i + 1) for i in range(len(values))
+    ]
