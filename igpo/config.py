@@ -90,7 +90,8 @@ class AlgorithmConfig:
         0.0  # random_mask: of the first inner update (released code: 30 steps of 128)
     )
     num_slices: int = 4  # step_map: canvases scored per inner update
-    hint_mode: str = "score"  # or condition: hints stay visible and get no gradient
+    # score; condition: hints stay visible and get no gradient; replay (step_map): hinted rows are scored left to right
+    hint_mode: str = "score"
     importance_sampling_level: str = "sequence"  # or token
     epsilon: float = 0.2
     epsilon_high: float | None = None  # None: epsilon

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -28,6 +28,7 @@ console = Console(stderr=True)  # messages and progress
 output = Console()  # results
 
 _shown: list[Progress] = []  # the display on the terminal; a nested job adds its line to it
+_below: list[Callable[[], RenderableType]] = []  # views under the bars
 
 
 @contextmanager
@@ -64,7 +65,7 @@ def _bar() -> Iterator[Progress]:
     if _shown:
         yield _shown[-1]
         return
-    bar = Progress(
+    bar = _Display(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn("{task.fields[values]}"), console=console, transient=True,
     )  # fmt: skip
@@ -74,6 +75,24 @@ def _bar() -> Iterator[Progress]:
             yield bar
         finally:
             _shown.pop()
+
+
+class _Display(Progress):
+    """Bars, and below them what `shown_below` asks for."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        yield from (view() for view in _below)
+
+
+@contextmanager
+def shown_below(view: Callable[[], RenderableType]) -> Iterator[None]:
+    """While the context lasts, a terminal's progress display also shows view(), which is called at every refresh."""
+    _below.append(view)
+    try:
+        yield
+    finally:
+        _below.remove(view)
 
 
 class _Lines:

@@ -87,6 +87,18 @@ def transfer_schedule(masked: int, steps: int) -> list[int]:
     return [masked // steps + (step < masked % steps) for step in range(steps)]
 
 
+def pseudo_order(length: int, rollout: RolloutConfig) -> Tensor:
+    """(L,) int64: the step at which each position would be committed left to right by the transfer schedule.
+
+    Within a block, step s commits the next transfer_schedule(...)[s] positions.
+    """
+    steps = steps_per_block(length, rollout)
+    counts = torch.tensor(transfer_schedule(rollout.block_length, steps))
+    within = torch.arange(steps).repeat_interleave(counts)
+    blocks = torch.arange(length // rollout.block_length)[:, None]
+    return (within + steps * blocks).flatten()
+
+
 @dataclass(frozen=True)
 class _Group:
     """Rows [first, last) of a block's working order; each had `masked` positions masked when the block began."""

@@ -54,6 +54,9 @@ class Run:
     updater: Updater
     evaluate: Callable[[], Metrics] | None = None  # on held-out problems, every eval_steps
     state: State = field(default_factory=State)  # where a resumed run goes on
+    observe: Callable[[int, Graded, Metrics], None] | None = (
+        None  # after each step: what was learned from
+    )
 
 
 def train(run: Run, log: RunLog) -> Metrics:
@@ -89,7 +92,7 @@ def train(run: Run, log: RunLog) -> Metrics:
 
 def update(run: Run, batch: PolicyBatch, advantages: Tensor, inner: int, where: str) -> Metrics:
     """One optimizer update from the loss of inner update `inner` over the whole batch."""
-    rows = torch.arange(len(advantages))
+    rows = run.algorithm.objective.rows(advantages)
     loss, found = backward(run, batch, advantages, inner, rows)
     done = run.updater.step(loss, where, lambda: culprits(run, batch, advantages, inner))
     return {"loss": loss, **found, **done}
@@ -98,13 +101,13 @@ def update(run: Run, batch: PolicyBatch, advantages: Tensor, inner: int, where: 
 def backward(
     run: Run, batch: PolicyBatch, advantages: Tensor, inner: int, rows: Tensor
 ) -> tuple[float, Metrics]:
-    """Adds the gradient of the loss of `rows` of the batch, per_device_train_batch_size rows at a time.
+    """Adds the gradient of the batch's loss that comes from `rows`, per_device_train_batch_size rows at a time.
 
     The loss is a sum over rows by a divisor of the whole batch, so the size of the micro-batches only sets the memory
     needed.
     """
     algorithm, total = run.algorithm, {"loss": 0.0}
-    divisor = algorithm.objective.divisor(batch, inner)
+    divisor = algorithm.objective.divisor(batch, rows, inner)
     for part in rows.split(run.cfg.train.per_device_train_batch_size):
         some = take(batch, part)
         logprobs = algorithm.likelihood(run.policy, some, inner)
@@ -213,6 +216,8 @@ class _Book:
         cfg, done = self.run.cfg.train, step + 1
         self.num_tokens += float(graded.rollouts.canvas.attention_mask.sum())
         self.recent.append(self._of_step(graded, rescued, updates))
+        if self.run.observe:
+            self.run.observe(step, rescued, self.recent[-1])
         last = done == cfg.max_steps
         held_out: Metrics = {}
         if self.run.evaluate and _due(done, cfg.eval_steps):

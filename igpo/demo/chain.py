@@ -1,11 +1,12 @@
 """The demo's task: a chain of modular arithmetic, x <- (x op d) mod m, whose trace lists every state.
 
-    prompt      <s> 17 +5 *3 -2 …          x_0 and n operations
+    prompt      <s> +5 *3 -2 … 17          n operations and x_0
     completion  22 66 64 … 41 41 </s>      the n states, the answer (a copy of the last state), end
 
-Every state and every operation is one token, so operation k and state k are a constant distance apart. The answer
-depends on all n operations in sequence: a network of few layers cannot read it off the prompt, and a hint (a run of
-states) shortens the chain that is left. The chance of guessing is 1/m.
+Every state and every operation is one token. x_0 comes last, so that every state, the first included, finds its
+predecessor one place to the left and its operation n + 1 places to the left. The answer depends on all n operations in
+sequence: a network of few layers cannot read it off the prompt, and a hint (a run of states) shortens the chain that
+is left. The chance of guessing an answer is 1/m.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -52,7 +54,7 @@ class Chain:
     def completion_length(self) -> int:
         return self.num_steps + 2
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
+    def tokenizer(self) -> Any:  # PreTrainedTokenizerFast, whose ids are typed as anything
         vocabulary = {word: i for i, word in enumerate(self.words)}
         core = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
         core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
@@ -92,20 +94,24 @@ class Chain:
     def prompt(self, start: int, chosen: Sequence[int], row_id: int) -> Prompt:
         """The problem as a Prompt. Hints may show all states but the last, of which the answer is a copy."""
         states = self.states(start, chosen)
-        question = [BOS, str(start), *(self.operations[op] for op in chosen)]
-        trace = [*map(str, states), str(states[-1])]
+        question = [BOS, *(self.operations[op] for op in chosen), str(start)]
+        trace = [*map(str, states), str(states[-1]), EOS]
         ids = {word: i for i, word in enumerate(self.words)}
         return Prompt(
             text=" ".join(question),
             ids=tuple(ids[word] for word in question),
             row_id=row_id,
             answer=str(states[-1]),
-            trace=" ".join(trace),
+            trace=" ".join(trace[:-1]),
             trace_ids=tuple(ids[word] for word in trace),
             hint_length=self.num_steps - 1,
         )
 
     def is_correct(self, prompt: Prompt, completion: str) -> bool:
-        """The verifier of every arm: the word at the answer's place, whatever the states before it."""
-        words = completion.split()
-        return len(words) == self.num_steps + 1 and words[-1] == prompt.answer
+        """The verifier of every arm: each printed state follows from the one before, and the answer is the last state.
+
+        It needs the prompt alone, no reference. A completion without EOS at its place has a word too many.
+        """
+        _, *operations, start = prompt.text.split()
+        states = self.states(int(start), [self.operations.index(op) for op in operations])
+        return completion.split() == [str(x) for x in (*states, states[-1])]

@@ -13,17 +13,20 @@ COLOURS = {
     "grpo_resample": "#56B4E9",
     "igpo": "#D55E00",
     "trace_in_group": "#009E73",
+    "trace_as_hints": "#CC79A7",
 }
 LABELS = {
     "grpo": "GRPO",
     "grpo_resample": "GRPO, all-wrong groups resampled",
     "igpo": "IGPO",
     "trace_in_group": "full trace put into the group",
+    "trace_as_hints": "full trace, entropy-filtered as hints are",
 }
 
 
 def plot(arms: Sequence[ArmResult], path: Path, title: str) -> None:
-    """Writes a PNG: accuracy against rollouts and against model forwards, and the all-wrong fraction of the groups."""
+    """Writes a PNG: accuracy against rollouts and against model forwards, and the fraction of groups that
+    are all wrong when the policy learns from them."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -38,13 +41,13 @@ def plot(arms: Sequence[ArmResult], path: Path, title: str) -> None:
         axes[1].plot([p.forwards for p in measured], accuracy, marker="o", ms=3, **style)
         axes[2].plot(
             [p.rollouts for p in arm.points],
-            _smooth([100 * p.all_wrong for p in arm.points]),
+            _smooth([100 * p.unrescued for p in arm.points]),
             **style,
         )
     for axis, x, y in zip(
         axes,
         ("rollouts", "model forwards (sequences)", "rollouts"),
-        ("held-out accuracy, %", "held-out accuracy, %", "all-wrong groups, %"),
+        ("held-out accuracy, %", "held-out accuracy, %", "groups that teach nothing, %"),
         strict=True,
     ):
         axis.set_xlabel(x)

@@ -60,7 +60,7 @@ def write_report(
 
 
 def _table(arms: Sequence[ArmResult]) -> str:
-    heads = ("arm", "accuracy before", "after", "all-wrong groups before", "after", "hint success", "rollouts",
+    heads = ("arm", "accuracy before", "after", "all-wrong groups", "after rescue", "hint success", "rollouts",
              "forwards", "seconds")  # fmt: skip
     rows = []
     for arm in arms:
@@ -68,7 +68,7 @@ def _table(arms: Sequence[ArmResult]) -> str:
         hint = "" if arm.hint_success is None else f"{arm.hint_success:.1%}"
         cells = (
             swatch + html.escape(LABELS[arm.name]), f"{arm.before:.1%}", f"{arm.after:.1%}",
-            f"{arm.all_wrong_before:.1%}", f"{arm.all_wrong_after:.1%}", hint,
+            f"{arm.all_wrong:.1%}", f"{arm.unrescued:.1%}", hint,
             f"{arm.rollouts:,}", f"{arm.forwards:,}", f"{arm.seconds:.0f}",
         )  # fmt: skip
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")

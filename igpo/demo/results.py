@@ -10,9 +10,10 @@ from typing import Any
 class Point:
     """The state of an arm after `step` training steps.
 
-    rollouts: completions sampled so far, inpainted ones included.   forwards: sequences x model calls so far, training
-    included.   reward: mean over the step's groups before any rescue.   all_wrong: fraction of its groups without a
-    correct completion, before any rescue.   accuracy: held-out, None between evaluations.
+    rollouts: completions sampled so far, those around hints included.   forwards: sequences x model calls spent on
+    them.   reward: mean over the step's completions before any rescue.   all_wrong: fraction of the step's groups
+    without a correct completion, before any rescue; unrescued: after it, the groups that taught nothing.   accuracy:
+    held-out, None between evaluations.
     """
 
     step: int
@@ -21,6 +22,7 @@ class Point:
     seconds: float
     reward: float
     all_wrong: float
+    unrescued: float
     accuracy: float | None = None
 
 
@@ -39,9 +41,9 @@ class Frame:
 class ArmResult:
     """One arm, one seed.
 
-    before, after: held-out accuracy at temperature 0.   all_wrong_before, all_wrong_after: all-wrong fraction of groups
-    of held-out problems at the training temperature.   hint_success: fraction of inpainted rollouts that verified
-    correct, None for arms without any.
+    before, after: held-out accuracy at temperature 0.   all_wrong_before, all_wrong_after: fraction of held-out groups
+    without a correct completion, at the training temperature.   all_wrong, unrescued: of the training groups, mean over
+    all steps.   hint_success: fraction of second attempts that verified correct, None for arms without any.
     """
 
     name: str
@@ -52,6 +54,14 @@ class ArmResult:
     hint_success: float | None
     points: tuple[Point, ...]
     frames: tuple[Frame, ...] = field(default=())
+
+    @property
+    def all_wrong(self) -> float:
+        return sum(p.all_wrong for p in self.points) / max(1, len(self.points))
+
+    @property
+    def unrescued(self) -> float:
+        return sum(p.unrescued for p in self.points) / max(1, len(self.points))
 
     @property
     def rollouts(self) -> int:
@@ -72,6 +82,8 @@ class ArmResult:
         head.pop("frames")
         return {
             **head,
+            "all_wrong": self.all_wrong,
+            "unrescued": self.unrescued,
             "rollouts": self.rollouts,
             "forwards": self.forwards,
             "seconds": round(self.seconds, 1),

@@ -14,6 +14,7 @@ from functools import partial
 from torch import Tensor
 
 from igpo.config import AlgorithmConfig, InpaintConfig, RolloutConfig
+from igpo.rollout import pseudo_order
 from igpo.types import Graded, Prompt, Rollouts
 
 from .advantage import centred, leave_one_out, z_score
@@ -36,7 +37,8 @@ class Algorithm:
     explorer(policy, prompts, graded, seed) -> graded
     advantage(graded) -> (B,)
     likelihood.prepare(policy, graded, seed, reference) -> batch;   likelihood(policy, batch, inner) -> (B, L)
-    objective.divisor(batch, inner);   objective(logprob, batch, advantages, inner, divisor) -> (loss, metrics)
+    rows = objective.rows(advantages);   objective.divisor(batch, rows, inner)
+    objective(logprob, batch, advantages, inner, divisor) -> (loss, metrics)
     """
 
     explorer: Explorer
@@ -101,12 +103,22 @@ def trace_in_group(
     return _compose(cfg, rollout, TraceExplorer(cfg.inpaint, rollout, grade, pad_id))
 
 
+def trace_as_hints(
+    cfg: AlgorithmConfig, rollout: RolloutConfig, grade: Grade, pad_id: int
+) -> Algorithm:
+    """trace_in_group with IGPO's entropy filter: what the policy did not write is a hint, here all of it."""
+    _check_hints(cfg)
+    explorer = TraceExplorer(cfg.inpaint, rollout, grade, pad_id, as_hints=True)
+    return _compose(cfg, rollout, explorer)
+
+
 ALGORITHMS = {
     "grpo": grpo,
     "grpo_resample": grpo_resample,
     "igpo": igpo,
     "igpo_released": igpo_released,
     "trace_in_group": trace_in_group,
+    "trace_as_hints": trace_as_hints,
 }
 
 
@@ -147,6 +159,7 @@ def _step_map(cfg: AlgorithmConfig, rollout: RolloutConfig) -> DrawFunction:
         num_iterations=cfg.num_iterations,
         num_slices=cfg.num_slices,
         hint_mode=cfg.hint_mode,
+        hint_order=pseudo_order(rollout.max_completion_length, rollout),
     )
 
 
@@ -197,7 +210,7 @@ def _check_options(cfg: AlgorithmConfig) -> None:
         ("importance_sampling_level", ("token", "sequence")),
         ("kl_estimator", ("k1", "k2", "k3")),
         ("loss_type", LOSS_TYPES),
-        ("hint_mode", ("score", "condition")),
+        ("hint_mode", ("score", "condition", "replay")),
     ):
         _require(getattr(cfg, option) in names, option, _one_of(names), getattr(cfg, option))
     high = cfg.epsilon if cfg.epsilon_high is None else cfg.epsilon_high
@@ -212,6 +225,11 @@ def _check_options(cfg: AlgorithmConfig) -> None:
         ("beta", "not be negative", cfg.beta >= 0),
     ):  # fmt: skip
         _require(holds, option, rule, getattr(cfg, option))
+    _require(
+        cfg.hint_mode != "replay" or cfg.likelihood == "step_map", "hint_mode",
+        f"be score or condition with likelihood {cfg.likelihood!r}, which has no steps", cfg.hint_mode,
+        "Set hint_mode='score' or use likelihood='step_map'.",
+    )  # fmt: skip
     _require(
         cfg.p_mask_prompt == 0 or cfg.likelihood == "mean_field", "p_mask_prompt",
         f"be 0 with likelihood {cfg.likelihood!r}, which never masks the prompt", cfg.p_mask_prompt,
@@ -238,7 +256,7 @@ def _check_inpaint(cfg: InpaintConfig) -> None:
 
 def _check_hints(cfg: AlgorithmConfig) -> None:
     _require(
-        cfg.hint_mode == "score" or cfg.inpaint.entropy_filter == 1, "entropy_filter",
+        cfg.hint_mode != "condition" or cfg.inpaint.entropy_filter == 1, "entropy_filter",
         "be 1 with hint_mode 'condition', which never scores a hint", cfg.inpaint.entropy_filter,
         "Set inpaint.entropy_filter=1 or hint_mode='score'.",
     )  # fmt: skip

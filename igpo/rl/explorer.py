@@ -18,7 +18,7 @@ from torch import Tensor
 from igpo.canvas import with_hints
 from igpo.config import InpaintConfig, RolloutConfig
 from igpo.ops import sample_hint_mask
-from igpo.rollout import denoise, steps_per_block, transfer_schedule
+from igpo.rollout import denoise, pseudo_order
 from igpo.types import Canvas, Graded, Policy, Prompt, Rollouts, Seed, put, take
 
 Explorer = Callable[[Policy, Sequence[Prompt], Graded, Seed], Graded]
@@ -136,10 +136,10 @@ class TraceExplorer:
 
     The trace is followed by EOS to the end of the canvas (pad_id where the canvas names no EOS), is graded like any
     completion, and is put in only if the verifier accepts it. Traces longer than the canvas are left out. Nothing is
-    denoised: this is supervised training on the trace, weighted as an advantage, and it costs no forwards. The rows
-    are not hints (`frozen` is False), so the entropy filter does not thin them, and every position can be scored:
-    step_map holds a pseudo order, left to right within the transfer schedule of the rollout (pseudo_order), which is
-    what the step_map likelihood replays. commit_logprob and commit_entropy are 0, since nothing was drawn.
+    denoised: this is supervised training on the trace, weighted as an advantage, and it costs no forwards. Unless
+    as_hints, the rows are no hints (`frozen` is False) and the entropy filter does not thin them. Every position can be
+    scored: step_map holds a pseudo order, left to right within the transfer schedule of the rollout (pseudo_order),
+    which is what the step_map likelihood replays. commit_logprob and commit_entropy are 0, since nothing was drawn.
 
     Source: ours, the baseline that shows what generating around hints adds to showing the trace.
     """
@@ -148,6 +148,7 @@ class TraceExplorer:
     rollout: RolloutConfig
     grade: Grade
     pad_id: int
+    as_hints: bool = False
 
     def __call__(
         self, policy: Policy, prompts: Sequence[Prompt], graded: Graded, seed: Seed
@@ -186,8 +187,10 @@ class TraceExplorer:
         padded = [[*trace, *[fill] * (length - len(trace))] for trace in traces]
         completion = torch.tensor(padded, device=canvas.tokens.device)
         order = pseudo_order(length, self.rollout).to(canvas.tokens.device)
+        frozen = torch.ones_like(canvas.frozen) if self.as_hints else canvas.frozen
         return replace(
             rollouts,
+            canvas=replace(canvas, frozen=frozen),
             tokens=torch.cat([canvas.tokens[:, : canvas.prompt_length], completion], 1),
             step_map=order.expand(len(traces), -1),
             commit_logprob=torch.zeros_like(rollouts.commit_logprob),
@@ -243,18 +246,6 @@ def original_layout(
         row_ids=canvas.row_ids.cpu(),
     )
     return hints, hint_mask
-
-
-def pseudo_order(length: int, rollout: RolloutConfig) -> Tensor:
-    """(L,) int64: the step at which each position would be committed left to right by the transfer schedule.
-
-    Within a block, step s commits the next transfer_schedule(...)[s] positions.
-    """
-    steps = steps_per_block(length, rollout)
-    counts = torch.tensor(transfer_schedule(rollout.block_length, steps))
-    within = torch.arange(steps).repeat_interleave(counts)
-    blocks = torch.arange(length // rollout.block_length)[:, None]
-    return (within + steps * blocks).flatten()
 
 
 def _rescue(graded: Graded, slots: Tensor, rows: Graded) -> Graded:

@@ -274,6 +274,7 @@ def step_map(
     num_iterations: int,
     num_slices: int,
     hint_mode: str = "score",
+    hint_order: Tensor | None = None,
 ) -> list[InnerUpdate]:
     """log p(o^k | the canvas at the start of the slice of denoise steps that committed o^k).
 
@@ -283,12 +284,20 @@ def step_map(
     scored.
 
     Hints have no step. hint_mode "score" reads them from one more canvas, fully masked; "condition" leaves them visible
-    without gradient.
+    without gradient; "replay" gives every token of a row with hints the step hint_order says ((L,) int64, e.g.
+    rollout.pseudo_order: left to right), as if the policy had written the row in that order.
 
     Source: arXiv:2509.06949 (TraceRL, slices of equal length; random cuts are ours).
     """
-    canvas, order = rollouts.canvas, rollouts.step_map
-    generated = (order != GIVEN) & (order < rollouts.num_steps[:, None])
+    canvas, order, num_steps = rollouts.canvas, rollouts.step_map, rollouts.num_steps
+    filled = (order != GIVEN) & (order >= num_steps[:, None])
+    if hint_mode == "replay":
+        assert hint_order is not None, "replay needs an order"
+        hinted = (order == GIVEN).any(1)
+        steps = hint_order.to(order.device)
+        order = torch.where(hinted[:, None], steps, order)
+        num_steps = torch.where(hinted, steps.max() + 1, num_steps)
+    generated = (order != GIVEN) & ~filled
     hints = order == GIVEN if hint_mode == "score" else torch.zeros_like(generated)
     extra = (
         (Draw(_mask_completion(rollouts, torch.ones_like(hints)), hints),) if hints.any() else ()
@@ -298,8 +307,8 @@ def step_map(
         stream = seed.named(f"slices/{inner}")
         edges = torch.tensor(
             [
-                _slice_edges(int(steps), num_slices, stream.generator(int(row)))
-                for row, steps in zip(canvas.row_ids, rollouts.num_steps, strict=True)
+                _slice_edges(int(count), num_slices, stream.generator(int(row)))
+                for row, count in zip(canvas.row_ids, num_steps, strict=True)
             ],
             device=order.device,
         )  # (B, num_slices + 1)

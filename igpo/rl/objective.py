@@ -30,7 +30,7 @@ class Terms:
 
 
 class Divisor(NamedTuple):
-    """size: of the loss, by its loss_type.   tokens: of the metrics, which are means over the loss's tokens."""
+    """size: for the loss, by its loss_type.   tokens: for the metrics, which are means over the loss's tokens."""
 
     size: float
     tokens: float
@@ -52,11 +52,21 @@ class Objective:
     kl: str
     loss_type: str
 
-    def divisor(self, batch: PolicyBatch, inner: int) -> Divisor:
-        """What sums over the rows of a whole batch are divided by: never less than 1."""
+    def rows(self, advantages: Tensor) -> Tensor:
+        """(N,) int64: the rows to evaluate. Without a KL term those of advantage 0 have neither loss nor gradient and
+        are left out, but for one when all are: an update of gradient 0 is an update."""
+        everything = torch.arange(len(advantages), device=advantages.device)
+        if self.beta > 0:
+            return everything
+        found = everything[advantages != 0]
+        return found if found.numel() else everything[:1]
+
+    def divisor(self, batch: PolicyBatch, rows: Tensor, inner: int) -> Divisor:
+        """What the sums over `rows` of a batch are divided by, never less than 1: the loss by the size of the whole
+        batch, the metrics by the number of tokens of `rows`."""
         mask = batch.token_mask[inner]
         size = LOSS_TYPES[self.loss_type].size(mask)
-        return Divisor(max(1.0, size), max(1.0, float(mask.sum())))
+        return Divisor(max(1.0, size), max(1.0, float(mask[rows].sum())))
 
     def __call__(
         self, logprob: Tensor, batch: PolicyBatch, advantages: Tensor, inner: int, divisor: Divisor
@@ -65,7 +75,7 @@ class Objective:
 
         Args:
             logprob: (B, L) of inner update `inner`, with gradient.   batch: the same rows.
-            advantages: (B,).   divisor: `self.divisor` of the batch that these rows are part of.
+            advantages: (B,).   divisor: `self.divisor` of all rows that are evaluated, of which these are a part.
         Returns:
             loss: scalar.   metrics: floats; like the loss they add up over micro-batches.
         """

@@ -10,7 +10,7 @@ CHAIN = Chain(modulus=13, num_steps=5, digits=(2, 3))
 
 def evaluate(text: str, modulus: int) -> list[int]:
     """The states of a problem, computed from its text."""
-    _, start, *operations = text.split()
+    _, *operations, start = text.split()
     x, states = int(start), []
     for op in operations:
         digit = int(op[1:])
@@ -46,7 +46,8 @@ def test_splits_are_disjoint_and_reproducible() -> None:
     ("completion", "verdict"),
     [
         ("{trace}", True),
-        ("0 0 0 0 0 {answer}", True),
+        ("0 0 0 0 0 {answer}", False),
+        ("{trace} 0", False),
         ("{answer}", False),
         ("0 0 0 0 0 wrong", False),
         ("", False),

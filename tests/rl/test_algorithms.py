@@ -37,8 +37,9 @@ def step(toy):
         batch = algorithm.likelihood.prepare(policy, graded, SEED, reference)
         losses = []
         for inner in range(cfg.num_iterations):
-            divisor = algorithm.objective.divisor(batch, inner)
-            for rows in torch.arange(12).split(rows_per_forward):
+            everything = torch.arange(12)
+            divisor = algorithm.objective.divisor(batch, everything, inner)
+            for rows in everything.split(rows_per_forward):
                 part = take(batch, rows)
                 logprob = algorithm.likelihood(policy, part, inner)
                 loss, _ = algorithm.objective(logprob, part, advantages[rows], inner, divisor)
@@ -108,7 +109,7 @@ def test_every_composition_takes_a_step(step, toy, name: str, likelihood: str) -
             step(cfg, only_attempts)
         return
     graded, advantages, losses, gradient = step(
-        cfg, only_attempts if name != "trace_in_group" else traced
+        cfg, traced if name.startswith("trace") else only_attempts
     )
     assert bool(graded.rescued.any()) == (name != "grpo")
     assert bool((advantages != 0).any()) == (name != "grpo")
@@ -141,7 +142,8 @@ def test_micro_batches_do_not_change_the_gradient(step, loss_type: str, level: s
         ({"importance_sampling_level": "word"}, "importance_sampling_level must be one of token"),
         ({"kl_estimator": "k4"}, "kl_estimator must be one of k1, k2, k3"),
         ({"loss_type": "dapo"}, "loss_type must be one of grpo, bnpo, dr_grpo, released"),
-        ({"hint_mode": "hide"}, "hint_mode must be one of score, condition"),
+        ({"hint_mode": "hide"}, "hint_mode must be one of score, condition, replay"),
+        ({"hint_mode": "replay"}, "hint_mode must be score or condition with likelihood 'mean_field'"),
         ({"num_generations": 1}, "num_generations must be at least 2"),
         ({"num_iterations": 0}, "num_iterations must be at least 1, got 0"),
         ({"num_slices": 0}, "num_slices must be at least 1"),

@@ -14,10 +14,9 @@ from igpo.rl.explorer import (
     max_replaced,
     no_exploration,
     original_layout,
-    pseudo_order,
     triggered_groups,
 )
-from igpo.rollout import denoise
+from igpo.rollout import denoise, pseudo_order
 from igpo.types import GIVEN, Seed, take
 
 SEED = Seed(5).at(7)
@@ -270,6 +269,23 @@ def test_trace_rows_are_the_trace_and_eos(traced, toy) -> None:
     assert not after.rollouts.canvas.frozen.any()
     assert after.rollouts.num_forwards == before.rollouts.num_forwards
     assert_rows_equal(before, after, (~after.rescued).nonzero()[:, 0])
+
+
+def test_traces_as_hints_are_the_same_rows_marked_as_given(traced, toy) -> None:
+    before, after, prompts = traced(lambda r: torch.ones(len(r.tokens), dtype=torch.bool))
+    explorer = TraceExplorer(
+        CFG,
+        toy.rollout,
+        toy.grader(lambda r: torch.ones(len(r.tokens), dtype=torch.bool)),
+        toy.pad,
+        as_hints=True,
+    )
+    marked = explorer(toy.Policy(), prompts, before, SEED)
+    assert torch.equal(marked.rollouts.tokens, after.rollouts.tokens)
+    assert torch.equal(marked.rollouts.step_map, after.rollouts.step_map)
+    frozen = marked.rollouts.canvas.frozen
+    assert torch.equal(frozen.all(1), marked.rescued)
+    assert torch.equal(frozen.any(1), marked.rescued)
 
 
 def test_trace_rows_must_be_accepted_and_must_fit(traced, toy) -> None:

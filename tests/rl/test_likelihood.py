@@ -225,6 +225,28 @@ def test_slices_score_each_generated_token_once_under_earlier_tokens(
         )
 
 
+def test_replay_scores_hinted_rows_in_the_given_order_and_others_in_their_own(toy, hinted) -> None:
+    rollouts, length = hinted.rollouts, hinted.rollouts.canvas.frozen.shape[1]
+    rows = rollouts.canvas.frozen.any(1)
+    options = {"num_iterations": 1, "num_slices": length}
+    (found,) = step_map(
+        rollouts, SEED, hint_mode="replay", hint_order=torch.arange(length), **options
+    )
+    (own,) = step_map(rollouts, SEED, hint_mode="condition", **options)
+    assert found.counted.all()
+    assert torch.equal(found.counted[~rows], own.counted[~rows])
+    for k, draw in enumerate(
+        found.draws
+    ):  # as many slices as steps: one token each, what is left of it visible
+        hidden = draw.tokens[:, rollouts.canvas.prompt_length :] == toy.mask
+        position = torch.arange(length)
+        assert torch.equal(hidden[rows], (position >= k).expand_as(hidden[rows]))
+        assert torch.equal(draw.score[rows], (position == k).expand_as(hidden[rows]))
+    for mine, theirs in zip(found.draws, own.draws, strict=False):
+        assert torch.equal(mine.score[~rows], theirs.score[~rows])
+        assert torch.equal(mine.tokens[~rows], theirs.tokens[~rows])
+
+
 @pytest.mark.parametrize("name", ["mean_field", "random_mask", "step_map"])
 def test_hint_modes(toy, hinted, name: str) -> None:
     policy, hints = toy.Policy(), hinted.rollouts.canvas.frozen

@@ -36,7 +36,9 @@ def batch(toy):
 
 
 def value(spec: Objective, logprob, batch, advantages):
-    return spec(logprob, batch, advantages, 0, spec.divisor(batch, 0))
+    return spec(
+        logprob, batch, advantages, 0, spec.divisor(batch, torch.arange(len(advantages)), 0)
+    )
 
 
 @pytest.mark.parametrize(("kind", "ratio"), KINDS)
@@ -138,7 +140,7 @@ def test_losses_and_gradients_of_micro_batches_add_up(batch, kind: str, ratio: s
     given = batch(-torch.rand(B, L).double(), -torch.rand(B, L).double(), mask)
     advantages, order = torch.randn(B), torch.randperm(B)
     spec = objective(beta=0.1, loss_type=kind, ratio=ratio, epsilon_high=0.3)
-    divisor = spec.divisor(given, 0)
+    divisor = spec.divisor(given, torch.arange(B), 0)
     whole, whole_metrics = spec(logprob, given, advantages, 0, divisor)
     parts = [
         spec(logprob[rows], take(given, rows), advantages[rows], 0, divisor)
@@ -217,3 +219,29 @@ def test_equal_rewards_give_no_gradient(batch, toy) -> None:
     same = toy.graded(rollouts, torch.ones(4, dtype=torch.bool), torch.full((4,), 0.3))
     loss, _ = value(objective(), logprob, batch(logprob.detach()), centred(same))
     assert (torch.autograd.grad(loss, logprob)[0] == 0).all()
+
+
+def test_rows_without_advantage_are_left_out_only_where_they_add_nothing() -> None:
+    advantages = torch.tensor([0.0, 0.5, 0.0, -0.5])
+    assert objective(beta=0.0).rows(advantages).tolist() == [1, 3]
+    assert objective(beta=0.0).rows(advantages * 0).tolist() == [0]
+    assert objective(beta=0.1).rows(advantages).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("kind", "ratio"), KINDS)
+def test_leaving_them_out_changes_neither_loss_nor_gradient(batch, kind: str, ratio: str) -> None:
+    logprob = -torch.rand(B, L).double()
+    mask = torch.rand(B, L) < 0.8
+    given = batch(logprob + 0.1 * torch.randn(B, L), None, mask)
+    advantages = torch.randn(B)
+    advantages[::2] = 0
+    spec, found = objective(beta=0.0, loss_type=kind, ratio=ratio), []
+    for rows in (torch.arange(B), spec.rows(advantages)):
+        leaf = logprob.clone().requires_grad_()
+        divisor = spec.divisor(given, rows, 0)
+        loss, metrics = spec(leaf[rows], take(given, rows), advantages[rows], 0, divisor)
+        loss.backward()
+        found.append((loss.detach(), leaf.grad, metrics["logp/ratio_mean"] * divisor.tokens))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
+    assert 0 < found[1][2] < found[0][2]  # the mean ratio is of the rows that were evaluated

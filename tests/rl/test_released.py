@@ -104,7 +104,7 @@ def test_likelihood_loss_and_gradient_of_the_released_code(data, ratio: str, mas
         ref_logprob=(expected["ref_logprob"],),
     )  # fmt: skip
     objective = algorithm.objective
-    divisor = objective.divisor(batch, 0)
+    divisor = objective.divisor(batch, torch.arange(len(data["advantages"])), 0)
     loss, metrics = objective(logprob, batch, data["advantages"], 0, divisor)
     torch.testing.assert_close(loss, expected["value"], **TOLERANCE)
     assert metrics["kl"] == pytest.approx(float(expected["metric.kl"]), rel=1e-4)

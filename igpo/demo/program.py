@@ -1,0 +1,177 @@
+"""`igpo demo`: the hint lift, the arms, the table, and the files."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from igpo.config import DemoOptions
+from igpo.environment import report as environment
+from igpo.logging import duration, output, progress, say, shown_below
+from igpo.models import MaskedDecoder
+from igpo.types import Graded, Metrics, Seed
+
+from . import warm_start
+from .arm import Held, Lift, frame, hint_lift, measure, run_arm
+from .plots import COLOURS, LABELS, plot
+from .recipe import ARMS, CHAIN, NUM_STEPS, arm_config
+from .report import write_report
+from .results import ArmResult, Frame
+
+TITLE = "GRPO and IGPO on a chain of modular arithmetic"
+NOTES = (
+    "A masked-diffusion model of 121 thousand parameters writes the states of x <- (x op d) mod 97 over 10 steps. "
+    "Every arm starts from the same weights and sees the same problems; the verifier wants every state right.",
+    "The likelihood is the replay of the step map: every token is scored on the canvas it was written on; rows with "
+    "hints are scored left to right.",
+    "A toy is no evidence about models of 8 billion parameters: it shows the mechanism.",
+)
+STEPS_PER_SECOND = 4  # of the answer shown while training
+LIFT_OF_NOTE = 1.2  # below it hints do nothing worth speaking of (chosen)
+
+
+def run(options: DemoOptions, num_steps: int = NUM_STEPS) -> dict[str, object]:
+    """Runs everything; returns what summary.json holds."""
+    began, out = time.monotonic(), Path(options.out)
+    torch.set_num_threads(1)  # of matrices this small, more threads only wait for each other
+    out.mkdir(parents=True, exist_ok=True)
+    _introduce()
+    start = warm_start.train() if options.from_scratch else warm_start.shipped()
+    cfg = arm_config("igpo", options.seed, num_steps)
+    before, lift = measure(start, cfg), hint_lift(start, cfg)
+    say(describe(lift))
+    arms = run_arms(start, before, options, num_steps)
+    output.print(table(arms))
+    say(NOTES[-1])
+    summary = {
+        "arms": {arm.name: arm.summary() for arm in arms},
+        "hint_lift": {"plain": lift.plain, "hinted": lift.hinted, "ratio": lift.ratio},
+        "seed": options.seed,
+        "from_scratch": options.from_scratch,
+        "seconds": round(time.monotonic() - began, 1),
+        "environment": environment(),
+    }
+    (out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    plot(arms, out / "learning.png", TITLE)
+    write_report(arms, out / "learning.png", out / "report.html", TITLE, [*NOTES, describe(lift)])
+    for name in ("summary.json", "learning.png", "report.html"):
+        say(f"written: {out / name}")
+    say(f"in all {duration(time.monotonic() - began)}")
+    return summary
+
+
+def _introduce() -> None:
+    (example,) = CHAIN.problems(1, Seed(0), "held-out")
+    say(
+        f"The task: x <- (x op d) mod {CHAIN.modulus}, {CHAIN.num_steps} steps from the last number of the prompt."
+    )
+    say(f"  prompt      {example.text}")
+    say(f"  completion  {example.trace} </s>")
+
+
+def describe(lift: Lift) -> str:
+    """The hint lift in a sentence, which says so when there is none."""
+    text = f"hint lift: P(correct) {lift.plain:.1%} without hints, {lift.hinted:.1%} with hints"
+    if not lift.plain:
+        return f"{text}."
+    if lift.ratio < LIFT_OF_NOTE:
+        return f"{text}: {lift.ratio:.2f} times, about 1. Hints do not help here, and IGPO cannot be expected to."
+    return f"{text}: {lift.ratio:.1f} times."
+
+
+def run_arms(
+    start: MaskedDecoder, before: Held, options: DemoOptions, num_steps: int
+) -> list[ArmResult]:
+    """The arms one after the other, on all threads; live on a terminal."""
+    torch.set_num_threads(
+        min(2, torch.get_num_threads())
+    )  # more only get in each other's way at this size
+    screen, arms = Screen(), []
+    with shown_below(screen.view), progress(len(ARMS) * num_steps, "all arms") as advance:
+        for arm in ARMS:
+            screen.begin(arm)
+
+            def observe(step: int, graded: Graded, metrics: Metrics) -> None:
+                screen.observe(graded, metrics)
+                advance(reward=metrics["reward"])
+
+            cfg = arm_config(arm, options.seed, num_steps)
+            arms.append(run_arm(arm, cfg, start, before, Path(options.out), observe))
+            screen.end(arms[-1])
+            say(f"{LABELS[arm]}: accuracy {before.accuracy:.1%} -> {arms[-1].after:.1%}")
+    return arms
+
+
+@dataclass
+class Screen:
+    """What a terminal shows below the bars: the arms so far, and one answer being denoised."""
+
+    lines: dict[str, str] = field(default_factory=dict)
+    arm: str = ""
+    frame: Frame | None = None
+    shown: float = 0.0  # when the frame came
+
+    def begin(self, arm: str) -> None:
+        self.arm = arm
+        self.lines[arm] = "starting"
+
+    def observe(self, graded: Graded, metrics: Metrics) -> None:
+        self.lines[self.arm] = (
+            f"reward {metrics['reward']:.3f}, all-wrong groups {metrics['inpaint/groups_all_wrong']:.0%}"
+        )
+        steps = 0 if self.frame is None else 2 + max(self.frame.step_map)
+        if (
+            time.monotonic() - self.shown >= steps / STEPS_PER_SECOND
+        ):  # the last one has been told to its end
+            rescued = graded.rescued.nonzero()[:, 0].tolist()
+            row = rescued[0] if rescued else 0
+            self.frame, self.shown = frame(graded, row, ""), time.monotonic()
+
+    def end(self, arm: ArmResult) -> None:
+        self.lines[self.arm] = f"accuracy {arm.before:.1%} -> {arm.after:.1%}"
+
+    def view(self) -> RenderableType:
+        """Called from the thread that draws."""
+        rows = [Text(f"{LABELS[arm]}: {line}", COLOURS[arm]) for arm, line in self.lines.items()]
+        if self.frame is not None:
+            rows.append(
+                denoised(self.frame, int((time.monotonic() - self.shown) * STEPS_PER_SECOND))
+            )
+        return Group(*rows)
+
+
+def denoised(frame: Frame, step: int) -> Text:
+    """A completion as it stood after `step`: hints in orange, masks as dots, a verdict when it is complete."""
+    text = Text(frame.prompt + "  ", "dim")
+    for token, written in zip(frame.tokens, frame.step_map, strict=True):
+        if written < 0:
+            text.append(f"{token} ", "bold #E69F00")
+        elif written <= step:
+            text.append(f"{token} ", "bold green" if written == step else "")
+        else:
+            text.append("\u00b7 ", "dim")
+    if step >= max(frame.step_map):
+        text.append("right" if frame.correct else "wrong", "green" if frame.correct else "red")
+    return text
+
+
+def table(arms: Sequence[ArmResult]) -> Table:
+    found = Table(
+        "arm", "accuracy before", "after", "all-wrong groups", "after rescue", "second attempts right", "rollouts",
+        "forwards", "seconds",
+    )  # fmt: skip
+    for arm in arms:
+        success = "" if arm.hint_success is None else f"{arm.hint_success:.1%}"
+        found.add_row(
+            LABELS[arm.name], f"{arm.before:.1%}", f"{arm.after:.1%}", f"{arm.all_wrong:.1%}", f"{arm.unrescued:.1%}",
+            success, f"{arm.rollouts:,}", f"{arm.forwards:,}", f"{arm.seconds:.0f}",
+        )  # fmt: skip
+    return found
