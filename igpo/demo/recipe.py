@@ -25,13 +25,14 @@ NUM_STEPS = 24  # RL steps of an arm
 EVAL_STEPS = 6
 NUM_EVAL = 512  # held-out problems behind every accuracy
 
-# arm -> algorithm and what else it changes; docs/learning.md has the fifth beside them
+# arm -> what it changes of the recipe; the study of docs/learning.md has one more
 ARMS: dict[str, dict[str, Any]] = {
     "grpo": {"algorithm": "grpo"},
     "grpo_resample": {"algorithm": "grpo_resample"},
     "igpo": {"algorithm": "igpo"},
     "trace_in_group": {"algorithm": "trace_in_group"},
 }
+STUDY_ARMS: dict[str, dict[str, Any]] = {**ARMS, "trace_as_hints": {"algorithm": "trace_as_hints"}}
 
 ROLLOUT = RolloutConfig(
     max_completion_length=CHAIN.completion_length,
@@ -61,7 +62,7 @@ def warm_start_config() -> Config:
         rollout=ROLLOUT,
         sft=SFTConfig(sft_weighting="none", sft_batch_size=64),
         train=TrainConfig(
-            max_steps=1100, per_device_train_batch_size=64, learning_rate=4e-3, warmup_steps=100,
+            max_steps=1030, per_device_train_batch_size=64, learning_rate=4e-3, warmup_steps=100,
             adam_beta2=0.98, weight_decay=0.01, max_grad_norm=1.0, seed=WARM_SEED, save_steps=0, report_to=(),
         ),
     )  # fmt: skip
@@ -77,7 +78,7 @@ def arm_config(arm: str, seed: int, num_steps: int = NUM_STEPS) -> Config:
     )  # fmt: skip
     return Config(
         rollout=ROLLOUT,
-        rl=replace(rl, **ARMS[arm]),
+        rl=replace(rl, **STUDY_ARMS[arm]),
         train=TrainConfig(
             max_steps=num_steps, prompts_per_step=16, per_device_train_batch_size=128, learning_rate=6e-4,
             warmup_steps=5, adam_beta2=0.99, weight_decay=0.0, max_grad_norm=1.0, seed=seed, save_steps=0,

@@ -31,7 +31,6 @@ def train(num_steps: int | None = None) -> MaskedDecoder:
     seed = Seed(WARM_SEED)
     model = decoder(seed)
     updater = Updater(model, cfg.train, steps)
-    check = CHAIN.problems(128, Seed(1), "held-out")
     with progress(steps, "warm start") as advance:
         for step in range(steps):
             problems = CHAIN.problems(cfg.sft.sft_batch_size, seed.at(step), "train")
@@ -39,9 +38,8 @@ def train(num_steps: int | None = None) -> MaskedDecoder:
             loss = sft_loss(model, examples)
             loss.backward()
             updater.step(loss.item(), f"warm start, step {step}", lambda: ["all"])
-            if (step + 1) % 100 == 0:
-                accuracy, probability = next_state(model, check)
-                advance(100, loss=loss.item(), next_state=accuracy, probability=probability)
+            if (step + 1) % 10 == 0:
+                advance(10, loss=loss.item())
     return model.eval()
 
 
