@@ -262,7 +262,7 @@ def test_cpu_kernels_refuse_float64() -> None:
     ("change", "error", "message"),
     [
         ({"logits": [1.0]}, TypeError, "token_logprob: logits must be a tensor, got list"),
-        ({"logits": torch.zeros(2, 3).int()}, ValueError, "logits must be float32 | bfloat16"),
+        ({"logits": torch.zeros(2, 3).int()}, ValueError, r"logits must be float32 \| bfloat16"),
         ({"logits": torch.zeros(())}, ValueError, "logits must have at least 1 dimensions"),
         ({"logits": torch.zeros(2, 0)}, ValueError, "logits must have a non-empty last dimension"),
         ({"logits": torch.zeros(3, 2).t()}, ValueError, "logits must have a contiguous last .*ous"),
