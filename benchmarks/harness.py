@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,16 +60,16 @@ def close(result: object, truth: object, *, rtol: float, atol: float) -> None:
 
 def peak_mib(run: Callable[[], object]) -> float:
     """Most memory the call held at once beyond what was allocated before it, from torch's CPU allocator events."""
-    with (
-        tempfile.NamedTemporaryFile(suffix=".json") as trace,
-        torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as profiler,
-    ):
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
         run()
-        profiler.stop()
-        profiler.export_chrome_trace(trace.name)
-        events = [e for e in json.load(trace)["traceEvents"] if e.get("name") == "[memory]"]
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = [
+            e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"
+        ]
     events.sort(key=lambda e: e["ts"])
     held = peak = 0
     for event in events:
