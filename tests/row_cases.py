@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -57,16 +58,16 @@ def leaf(x: Tensor) -> Tensor:
 
 def peak_bytes(run: Callable[[], object]) -> int:
     """Most memory the call held at once beyond what was allocated before it."""
-    with (
-        tempfile.NamedTemporaryFile(suffix=".json") as trace,
-        torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as profiler,
-    ):
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
         run()
-        profiler.stop()
-        profiler.export_chrome_trace(trace.name)
-        events = [e for e in json.load(trace)["traceEvents"] if e.get("name") == "[memory]"]
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = [
+            e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"
+        ]
     held = peak = 0
     for event in sorted(events, key=lambda e: e["ts"]):
         held += event["args"]["Bytes"]
