@@ -24,6 +24,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def offsets(logits: Tensor) -> Tensor:
     """(N,) int64: where each row of (…, V) logits begins, in elements from data_ptr()."""
+    rows, vocab = logits.shape[:-1].numel(), logits.shape[-1]
+    if logits.is_contiguous():
+        return torch.arange(0, rows * vocab, vocab)
     out = torch.zeros((), dtype=torch.int64)
     for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
         out = out[..., None] + torch.arange(size) * stride
