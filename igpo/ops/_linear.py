@@ -16,8 +16,8 @@ from torch import Tensor
 from . import _check, _rows, token_logprob
 
 CHUNK_BYTES = 256 << 20  # of float32 logits at a time: 530 rows at V = 126464 (chosen)
-MIN_ROWS = 56  # fewer make the product slow while the weight streams by (kernels/README.md)
-BLOCK_BYTES = 1 << 20  # of widened weight at a time, to stay in cache (1-4 MiB measured equal)
+MIN_ROWS = 64  # below 60 rows MKL's product has half the throughput (kernels/README.md)
+BLOCK_BYTES = 4 << 20  # of widened weight at a time (0.5-8 MiB measured equal)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def check(
 
 
 def default_chunk_rows(rows: int, vocab: int) -> int:
-    """A tenth of the rows (with the widened weight less than an eighth of the logits), but at least 56 and at most
+    """A tenth of the rows (with the widened weight less than an eighth of the logits), but at least 64 and at most
     256 MiB of logits."""
     return max(1, min(max(MIN_ROWS, -(-rows // 10)), CHUNK_BYTES // (4 * vocab)))
 
@@ -69,8 +69,14 @@ class Head:
         self.index = keep.reshape(-1).nonzero()[:, 0]
         self.chunk_rows = chunk_rows or default_chunk_rows(len(self.index), len(weight))
         # the part of the weight that is widened at the moment; one buffer, as fresh pages cost more than the copy
-        block = 0 if weight.dtype == self.wide else max(1, BLOCK_BYTES // (4 * weight.shape[1]))
-        self.block = weight.new_empty((min(block, len(weight)), weight.shape[1]), dtype=self.wide)
+        rows = 0 if weight.dtype == self.wide else self.block_rows()
+        self.block = weight.new_empty((rows, weight.shape[1]), dtype=self.wide)
+
+    def block_rows(self) -> int:
+        """Of weight widened at a time: an eighth of the chunk's bytes, at most BLOCK_BYTES."""
+        vocab, width = self.weight.shape
+        chunk = 4 * vocab * min(self.chunk_rows, len(self.index))
+        return min(vocab, max(1, min(BLOCK_BYTES, chunk // 8) // (4 * width)))
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(row numbers (C,), their hidden states (C, D), their logits (C, V)), the last two in float32.

@@ -60,14 +60,13 @@ def check_target_tensor(op: str, targets: object, rows: Tensor) -> None:
     )
 
 
-def check_weights(op: str, weights: object, rows: Tensor) -> None:
+def check_weights(op: str, weights: Tensor | None, rows: Tensor) -> None:
     """weights: None, or one constant per row in the dtype of the statistics."""
     if weights is None:
         return
     _check.tensor(
         op, "weights", weights, dtype=wide(rows.dtype), shape=rows.shape[:-1], device=rows.device
     )
-    assert isinstance(weights, Tensor)
     _check.require(
         not (torch.is_grad_enabled() and weights.requires_grad), op, "weights",
         "not require grad (they are constants of the loss)", weights, "Call .detach() first.",

@@ -123,7 +123,7 @@ def linear_masked_cross_entropy(
         weights: (…,) float32 constants, or None for ones; they must not require grad. Weight 0 skips the row too.
         ignore_index: the target that skips a row.
         reduction: "sum", "mean" (over the number of rows not ignored) or "none", as masked_cross_entropy's.
-        chunk_rows: rows of logits held at a time; None: a tenth of the rows that count, at least 56, at most 256 MiB.
+        chunk_rows: rows of logits held at a time; None: a tenth of the rows that count, at least 64, at most 256 MiB.
     Returns:
         () float32, or (…,) with "none"; nats.
     Raises:

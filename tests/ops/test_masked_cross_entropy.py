@@ -65,7 +65,7 @@ def test_matches_float64(backend: str, dtype: torch.dtype, shape: tuple[int, ...
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocab", [1, 15, 33, 65, 127, 2047, 2049, 16383, 16401])
+@pytest.mark.parametrize("vocab", [1, 15, 65, 2047, 16401])
 def test_every_instruction_set(isa: str, dtype: torch.dtype, vocab: int) -> None:
     logits, targets = example(4, vocab, dtype=dtype)
     logits[0, :: 3 if vocab > 1 else 2] = -torch.inf
@@ -139,8 +139,7 @@ def test_special_rows(backend: str) -> None:
     assert masked_cross_entropy(logits, targets).isnan()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocab", [11, 17000])
+@pytest.mark.parametrize(("dtype", "vocab"), list(zip(DTYPES, (17000, 67, 11), strict=True)))
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_skipped_rows_are_zero_whatever_they_hold(
     backend: str, dtype: torch.dtype, vocab: int, reduction: str
@@ -165,7 +164,7 @@ def test_ignore_index_may_be_a_token(backend: str) -> None:
     assert [x == 0 for x in loss.tolist()] == [False, True, False]
 
 
-@pytest.mark.parametrize("vocab", [1, 129, 16500])
+@pytest.mark.parametrize("vocab", [1, 2101])
 def test_any_strides_of_the_rows(backend: str, vocab: int) -> None:
     wide, targets = example(3, 4, vocab + 5)
     targets = targets.clamp(max=vocab - 1)
@@ -207,9 +206,9 @@ def test_threads_do_not_change_a_bit(isa: str, threads: int, rows: int, vocab: i
 
 
 def test_the_sum_over_many_rows_is_exact(backend: str) -> None:
-    """300000 losses of about 0.69 lose nothing to a float32 running sum in the C++ row."""
-    logits = torch.randn(300_000, 2) * 1e-3
-    targets = torch.zeros(300_000, dtype=torch.int64)
+    """100000 losses of about 0.69 lose nothing to a float32 running sum in the C++ row."""
+    logits = torch.randn(100_000, 2) * 1e-3
+    targets = torch.zeros(100_000, dtype=torch.int64)
     exact = loss_formula(logits.double(), targets, None, "sum").item()
     assert masked_cross_entropy(logits, targets).item() == pytest.approx(exact, rel=2e-7)
 

@@ -56,7 +56,7 @@ def test_matches_float64(backend: str, dtype: torch.dtype, shape: tuple[int, ...
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocab", [1, 15, 33, 65, 127, 2047, 2049, 16383, 16401])
+@pytest.mark.parametrize("vocab", [1, 15, 65, 2047, 16401])
 def test_every_instruction_set(isa: str, dtype: torch.dtype, vocab: int) -> None:
     logits, targets = example(4, vocab, dtype=dtype)
     logits[0, :: 3 if vocab > 1 else 2] = -torch.inf
@@ -84,7 +84,7 @@ def test_rising_maximum(backend: str) -> None:
 
 def test_exponential_is_accurate(isa: str) -> None:
     """Gradients of a row are c e^t_v with one c, and e^0 is exact: their ratios show the error of the exponential."""
-    t = torch.cat([torch.zeros(1), -torch.logspace(-6, math.log10(87.0), 400_000), torch.zeros(1)])
+    t = torch.cat([torch.zeros(1), -torch.logspace(-6, math.log10(87.0), 100_000), torch.zeros(1)])
     x = leaf(t[None])
     logprob, _ = token_logprob(x, torch.tensor([len(t) - 1]))
     (grad,) = torch.autograd.grad(logprob, x, torch.full((1,), 2.0**20))  # no subnormals
@@ -143,8 +143,7 @@ def test_special_values_anywhere_in_a_row(isa: str, vocab: int) -> None:
             assert grad[1].isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocab", [11, 17000])
+@pytest.mark.parametrize(("dtype", "vocab"), list(zip(DTYPES, (17000, 67, 11), strict=True)))
 def test_ignored_rows_are_zero_whatever_they_hold(
     backend: str, dtype: torch.dtype, vocab: int
 ) -> None:
@@ -165,7 +164,7 @@ def test_ignore_index_may_be_a_token(backend: str) -> None:
     assert entropy[1] == 0
 
 
-@pytest.mark.parametrize("vocab", [1, 129, 16500])
+@pytest.mark.parametrize("vocab", [1, 2101])
 def test_any_strides_of_the_rows(backend: str, vocab: int) -> None:
     wide, targets = example(3, 4, vocab + 5)
     targets = targets.clamp(max=vocab - 1)
