@@ -23,7 +23,12 @@ def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
     return linear_logprob(hidden, weight, targets)
 
 
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("provider", ["igpo", "unfused", "eager", "compile"])
-def bench_linear_logprob(benchmark, request, vocabulary, dtype, provider: str) -> None:
+def bench_linear_logprob(
+    benchmark, request, vocabulary, dtype, provider: str, trained: bool
+) -> None:
     functions = {"igpo": ours, "unfused": unfused, "eager": eager}
-    run_linear(benchmark, request, "linear_logprob", functions, vocabulary, dtype, provider)
+    run_linear(
+        benchmark, request, "linear_logprob", functions, vocabulary, dtype, provider, trained
+    )

@@ -22,9 +22,19 @@ def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return linear_masked_cross_entropy(hidden, weight, targets)
 
 
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("provider", ["igpo", "unfused", "eager", "compile"])
-def bench_linear_masked_cross_entropy(benchmark, request, vocabulary, dtype, provider: str) -> None:
+def bench_linear_masked_cross_entropy(
+    benchmark, request, vocabulary, dtype, provider: str, trained: bool
+) -> None:
     functions = {"igpo": ours, "unfused": unfused, "eager": eager}
     run_linear(
-        benchmark, request, "linear_masked_cross_entropy", functions, vocabulary, dtype, provider
+        benchmark,
+        request,
+        "linear_masked_cross_entropy",
+        functions,
+        vocabulary,
+        dtype,
+        provider,
+        trained,
     )

@@ -60,14 +60,16 @@ def close(result: object, truth: object, *, rtol: float, atol: float) -> None:
 
 def peak_mib(run: Callable[[], object]) -> float:
     """Most memory the call held at once beyond what was allocated before it, from torch's CPU allocator events."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
         run()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
-        found = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    events = [event for event in found if event.get("name") == "[memory]"]
+        events = [
+            e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"
+        ]
     events.sort(key=lambda e: e["ts"])
     held = peak = 0
     for event in events:

@@ -1,60 +1,75 @@
-"""Rows of logits and hidden states on which the row ops and the linear ops are tried."""
+"""What the tests of the row ops share: torch's own formulas, examples, peak memory."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SIZES = [
-    (0, 5),
-    (1, 1),
-    (1, 2),
-    (3, 7),
-    (5, 64),
-    (4, 997),
-    (7, 4099),
-    (2, 50257),
-]  # rows, vocabulary
-IGNORE = -100
+IGNORED = -100
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class Gradient:
-    """Results of a loss and its gradients, as a tuple of tensors."""
-
-    results: tuple[Tensor, ...]
-    gradients: tuple[Tensor, ...]
-
-
-def logits_of(
-    rows: int, vocab: int, dtype: torch.dtype = torch.float32, spread: float = 5.0
-) -> Tensor:
-    return (torch.randn(rows, vocab) * spread).to(dtype)
+def example(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """(logits (…, V), targets (…,)): every third row is ignored."""
+    logits = (torch.randn(shape) * 3).to(dtype)
+    targets = torch.randint(0, shape[-1], shape[:-1])
+    targets.view(-1)[1::3] = IGNORED
+    return logits, targets
 
 
-def targets_of(rows: int, vocab: int, *, ignored: bool = True) -> Tensor:
-    """Random targets; every third row is skipped."""
-    targets = torch.randint(0, vocab, (rows,))
-    if ignored:
-        targets[1::3] = IGNORE
-    return targets
+def logprob_formula(
+    logits: Tensor, targets: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """token_logprob in torch's operations, in the dtype of logits. An ignored row is replaced before it is used."""
+    skip = targets == IGNORED
+    x = logits.masked_fill(skip[..., None], 0.0) / temperature
+    logp = torch.log_softmax(x, -1)
+    entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
+    chosen = logp.gather(-1, targets.masked_fill(skip, 0)[..., None])[..., 0]
+    return chosen.masked_fill(skip, 0.0), entropy.masked_fill(skip, 0.0)
 
 
-def head_of(
-    rows: int, width: int, vocab: int, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden (N, D), weight (V, D), bias (V,) with logits of spread 3 or so."""
-    hidden, weight = torch.randn(rows, width), torch.randn(vocab, width) * 3 / width**0.5
-    return hidden.to(dtype), weight.to(dtype), torch.randn(vocab).to(dtype)
+def loss_formula(logits: Tensor, targets: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
+    """masked_cross_entropy in torch's operations, in the dtype of logits."""
+    rows = -logprob_formula(logits, targets)[0]
+    if weights is not None:
+        rows = torch.where(weights == 0, 0.0, rows * weights.to(rows.dtype))
+    if reduction == "none":
+        return rows
+    return rows.sum() / (max(1, int((targets != IGNORED).sum())) if reduction == "mean" else 1)
 
 
-def gradients_of(function, leaves: tuple[Tensor, ...], upstream: tuple[Tensor, ...]) -> Gradient:
-    """function(*leaves) -> tensors, weighted by `upstream` into a scalar whose gradients by the leaves are taken."""
-    leaves = tuple(leaf.detach().clone().requires_grad_() for leaf in leaves)
-    results = function(*leaves)
-    results = results if isinstance(results, tuple) else (results,)
-    total = sum((r * u.to(r.dtype)).sum() for r, u in zip(results, upstream, strict=True))
-    return Gradient(tuple(r.detach() for r in results), torch.autograd.grad(total, leaves))
+def gradients(outputs: tuple[Tensor, ...], leaves: list[Tensor], seed: int = 7) -> list[Tensor]:
+    """Of the leaves, for the same random upstream gradients whatever dtype the outputs have."""
+    generator = torch.Generator().manual_seed(seed)
+    upstream = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in outputs]
+    return list(torch.autograd.grad(outputs, leaves, upstream))
+
+
+def leaf(x: Tensor) -> Tensor:
+    """x, same strides, as a leaf that requires grad."""
+    return x.detach().requires_grad_()
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Most memory the call held at once beyond what was allocated before it."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = [
+            e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"
+        ]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak

@@ -16,8 +16,8 @@ from torch import Tensor
 from . import _check, _rows, token_logprob
 
 CHUNK_BYTES = 256 << 20  # of float32 logits at a time: 530 rows at V = 126464 (chosen)
-MIN_ROWS = 64  # fewer make the product slow while the weight streams by (chosen)
-BLOCK_BYTES = 4 << 20  # of widened weight at a time, to stay in cache (1-4 MiB measured equal)
+MIN_ROWS = 64  # below 60 rows MKL's product has half the throughput (kernels/README.md)
+BLOCK_BYTES = 4 << 20  # of widened weight at a time (0.5-8 MiB measured equal)
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,9 @@ def check(
 
 
 def default_chunk_rows(rows: int, vocab: int) -> int:
-    """An eighth of the rows, but at least 64 and at most 256 MiB of logits."""
-    return max(1, min(max(MIN_ROWS, -(-rows // 8)), CHUNK_BYTES // (4 * vocab)))
+    """A tenth of the rows (with the widened weight less than an eighth of the logits), but at least 64 and at most
+    256 MiB of logits."""
+    return max(1, min(max(MIN_ROWS, -(-rows // 10)), CHUNK_BYTES // (4 * vocab)))
 
 
 class Head:
@@ -67,6 +68,15 @@ class Head:
         self.bias = None if bias is None else bias.to(self.wide)
         self.index = keep.reshape(-1).nonzero()[:, 0]
         self.chunk_rows = chunk_rows or default_chunk_rows(len(self.index), len(weight))
+        # the part of the weight that is widened at the moment; one buffer, as fresh pages cost more than the copy
+        rows = 0 if weight.dtype == self.wide else self.block_rows()
+        self.block = weight.new_empty((rows, weight.shape[1]), dtype=self.wide)
+
+    def block_rows(self) -> int:
+        """Of weight widened at a time: an eighth of the chunk's bytes, at most BLOCK_BYTES."""
+        vocab, width = self.weight.shape
+        chunk = 4 * vocab * min(self.chunk_rows, len(self.index))
+        return min(vocab, max(1, min(BLOCK_BYTES, chunk // 8) // (4 * width)))
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(row numbers (C,), their hidden states (C, D), their logits (C, V)), the last two in float32.
@@ -87,15 +97,13 @@ class Head:
 
     def weight_blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """(rows of the weight, those rows in float32): the weight itself when it is float32 already."""
-        vocab, width = self.weight.shape
-        if self.weight.dtype == self.wide:
+        vocab, rows = len(self.weight), len(self.block)
+        if rows == 0:
             yield slice(0, vocab), self.weight
             return
-        rows = max(1, BLOCK_BYTES // (4 * width))
-        buffer = self.weight.new_empty((rows, width), dtype=self.wide)
         for begin in range(0, vocab, rows):
             part = slice(begin, min(begin + rows, vocab))
-            yield part, buffer[: part.stop - begin].copy_(self.weight[part])
+            yield part, self.block[: part.stop - begin].copy_(self.weight[part])
 
 
 class HeadGradient:

@@ -24,6 +24,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def offsets(logits: Tensor) -> Tensor:
     """(N,) int64: where each row of (…, V) logits begins, in elements from data_ptr()."""
+    rows, vocab = logits.shape[:-1].numel(), logits.shape[-1]
+    if logits.is_contiguous():
+        return torch.arange(0, rows * vocab, vocab)
     out = torch.zeros((), dtype=torch.int64)
     for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
         out = out[..., None] + torch.arange(size) * stride
@@ -57,14 +60,13 @@ def check_target_tensor(op: str, targets: object, rows: Tensor) -> None:
     )
 
 
-def check_weights(op: str, weights: object, rows: Tensor) -> None:
+def check_weights(op: str, weights: Tensor | None, rows: Tensor) -> None:
     """weights: None, or one constant per row in the dtype of the statistics."""
     if weights is None:
         return
     _check.tensor(
         op, "weights", weights, dtype=wide(rows.dtype), shape=rows.shape[:-1], device=rows.device
     )
-    assert isinstance(weights, Tensor)
     _check.require(
         not (torch.is_grad_enabled() and weights.requires_grad), op, "weights",
         "not require grad (they are constants of the loss)", weights, "Call .detach() first.",

@@ -135,7 +135,7 @@ def linear_logprob(
         weight: (V, D) and bias: (V,) or None, the LM head, in hidden's dtype.
         targets: (…,) int64 in [0, V), or ignore_index to skip the row, which then costs nothing.
         temperature: > 0; both results are those of softmax(logits / temperature).
-        chunk_rows: rows of logits held at a time; None: an eighth of the rows that count, at least 64, at most 256 MiB.
+        chunk_rows: rows of logits held at a time; None: a tenth of the rows that count, at least 64, at most 256 MiB.
     Returns:
         logprob, entropy: (…,) float32, nats, as token_logprob's; 0 where skipped. Differentiable in both, with respect
         to hidden, weight and bias: the logits are computed again chunk by chunk, and the gradient of a weight or bias

@@ -79,12 +79,18 @@ def setup_context(ctx, inputs, output) -> None:
 
 def backward(ctx, grad_loss: Tensor, *_: Tensor):
     of_hidden, of_weight, of_bias = (
-        (grad * grad_loss).to(ctx.dtype) if need else None
+        _backward_op(grad, grad_loss, ctx.dtype) if need else None
         for grad, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
     )
     return of_hidden, of_weight, None, None, of_bias, None, None, None, None
 
 
+_backward_op = register(
+    "linear_masked_cross_entropy_backward(Tensor grad, Tensor grad_loss, ScalarType dtype) -> Tensor",
+    lambda grad, grad_loss, dtype: (grad * grad_loss).to(dtype),
+    lambda grad, grad_loss, dtype: grad.new_empty(grad.shape, dtype=dtype),
+    **_rows.once_differentiable("linear_masked_cross_entropy"),
+)
 _op = register(
     "linear_masked_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor? weights, Tensor? bias,"
     " int ignore_index, str reduction, int chunk_rows, bool[3] needs) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -117,7 +123,7 @@ def linear_masked_cross_entropy(
         weights: (…,) float32 constants, or None for ones; they must not require grad. Weight 0 skips the row too.
         ignore_index: the target that skips a row.
         reduction: "sum", "mean" (over the number of rows not ignored) or "none", as masked_cross_entropy's.
-        chunk_rows: rows of logits held at a time; None: an eighth of the rows that count, at least 64, at most 256 MiB.
+        chunk_rows: rows of logits held at a time; None: a tenth of the rows that count, at least 64, at most 256 MiB.
     Returns:
         () float32, or (…,) with "none"; nats.
     Raises:

@@ -77,19 +77,18 @@ def cpu_backward(
     row_max: Tensor, log_sum: Tensor, temperature: float, ignore_index: int, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """out: contiguous, as logits, or logits itself; None allocates."""
-    if out is None:
-        out = torch.empty(logits.shape, dtype=logits.dtype)
+    grad = torch.empty(logits.shape, dtype=logits.dtype) if out is None else out
     offsets = _rows.offsets(logits)
     grad_logprob, grad_entropy, targets, entropy, row_max, log_sum = (
         x.contiguous() for x in (grad_logprob, grad_entropy, targets, entropy, row_max, log_sum)
     )
     _native.module().token_logprob_backward(
         grad_logprob.data_ptr(), grad_entropy.data_ptr(), logits.data_ptr(), offsets.data_ptr(),
-        targets.data_ptr(), entropy.data_ptr(), row_max.data_ptr(), log_sum.data_ptr(), out.data_ptr(),
+        targets.data_ptr(), entropy.data_ptr(), row_max.data_ptr(), log_sum.data_ptr(), grad.data_ptr(),
         targets.numel(), logits.shape[-1], ignore_index, 1.0 / temperature,
         _native.DTYPE_TAG[logits.dtype], _native.num_threads(),
     )  # fmt: skip
-    return out
+    return grad
 
 
 OP = Op(

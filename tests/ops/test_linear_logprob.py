@@ -2,205 +2,297 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
-from row_cases import DTYPES, IGNORE, gradients_of, head_of, targets_of
+from row_cases import DTYPES, IGNORED, gradients, leaf, logprob_formula, peak_bytes
 from tolerances import assert_as_good_as_torch
 from torch import Tensor
 
-from igpo.ops import linear_logprob, token_logprob, use_backend
-from igpo.ops._linear import default_chunk_rows
+from igpo.ops import BackendError, linear_logprob, token_logprob, use_backend
 
-SIZES = [(0, 8, 5), (1, 1, 1), (3, 5, 7), (70, 16, 997), (150, 64, 4099)]  # rows, width, vocabulary
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+# row shape, D, V: none, one, primes, more than the default chunk of 64 rows
+SHAPES = [
+    ((0,), 3, 5),
+    ((1,), 1, 1),
+    ((3, 5), 7, 31),
+    ((0, 2), 4, 3),
+    ((131,), 17, 257),
+    ((), 8, 9),
+]
 
 
-def eager(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, temperature: float):
-    """The definition, in the dtype of its inputs."""
-    logp = torch.log_softmax(F.linear(hidden, weight, bias) / temperature, -1)
-    skip = targets == IGNORE
-    chosen = logp.gather(-1, targets.masked_fill(skip, 0)[..., None])[..., 0]
-    return chosen.masked_fill(skip, 0), -(logp.exp() * logp).sum(-1).masked_fill(skip, 0)
+def example(rows: tuple[int, ...], width: int, vocab: int, dtype=torch.float32) -> Inputs:
+    """hidden, weight, bias, targets: every third row is ignored."""
+    hidden = torch.randn(*rows, width).to(dtype)
+    weight = torch.randn(vocab, width).to(dtype)
+    targets = torch.randint(0, vocab, rows)
+    targets.reshape(-1)[1::3] = IGNORED
+    return hidden, weight, torch.randn(vocab).to(dtype), targets
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize(("rows", "width", "vocab"), SIZES, ids=str)
-def test_as_good_as_torch(
-    backend: str, rows: int, width: int, vocab: int, dtype: torch.dtype, ran
-) -> None:
-    leaves, targets = head_of(rows, width, vocab, dtype), targets_of(rows, vocab)
-    upstream = torch.randn(2, rows, dtype=torch.float64).unbind()
+def run(inputs: Inputs, **options) -> list[Tensor]:
+    """[logprob, entropy, gradient of hidden, of weight, of bias]."""
+    hidden, weight, bias = (leaf(x) for x in inputs[:3])
+    outputs = linear_logprob(hidden, weight, inputs[3], bias=bias, **options)
+    return [o.detach() for o in outputs] + gradients(outputs, [hidden, weight, bias])
 
-    def ours(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        return linear_logprob(hidden, weight, targets, bias=bias, temperature=0.9)
 
-    found = gradients_of(ours, leaves, upstream)
-    wide = tuple(x.float() for x in leaves), tuple(x.double() for x in leaves)
-    torchs, truth = (gradients_of(lambda *x: eager(*x, targets, 0.9), w, upstream) for w in wide)
-    for name, a, b, c in zip(
-        ("logprob", "entropy"), found.results, torchs.results, truth.results, strict=True
-    ):
-        assert a.dtype == torch.float32
+def run_formula(inputs: Inputs, temperature: float, dtype: torch.dtype) -> list[Tensor]:
+    """As run, by torch in `dtype`, with all logits at once."""
+    leaves = [leaf(x) for x in inputs[:3]]
+    skip = inputs[3] == IGNORED
+    hidden = leaves[0].to(dtype).masked_fill(skip[..., None], 0.0)
+    logits = hidden @ leaves[1].to(dtype).t() + leaves[2].to(dtype)
+    outputs = logprob_formula(logits, inputs[3], temperature)
+    return [o.detach() for o in outputs] + gradients(outputs, leaves)
+
+
+def assert_good(inputs: Inputs, temperature: float = 1.0, **options) -> None:
+    ours = run(inputs, temperature=temperature, **options)
+    torchs = run_formula(inputs, temperature, torch.float32)
+    wide = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+    exact = run_formula(wide, temperature, torch.float64)  # type: ignore[arg-type]
+    names = ("logprob", "entropy", "hidden.grad", "weight.grad", "bias.grad")
+    for name, a, b, c in zip(names, ours, torchs, exact, strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
         assert_as_good_as_torch(a, b, c, name)
-    names = ("hidden", "weight", "bias")
-    for name, a, b, c in zip(
-        names, found.gradients, torchs.gradients, truth.gradients, strict=True
-    ):
-        assert a.dtype == dtype
-        assert_as_good_as_torch(a, b.to(dtype), c, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_float64(backend: str, dtype: torch.dtype, shape: tuple, ran) -> None:
+    assert_good(example(*shape, dtype=dtype), 0.7)
     assert ran("linear_logprob") == backend
 
 
-def test_is_token_logprob_of_the_float32_logits(backend: str) -> None:
-    hidden, weight, bias = head_of(40, 32, 501, torch.bfloat16)
-    targets = targets_of(40, 501)
-    logits = F.linear(hidden.float(), weight.float(), bias.float())
-    for ours, theirs in zip(
-        linear_logprob(hidden, weight, targets, bias=bias),
-        token_logprob(logits, targets),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set(isa: str, dtype: torch.dtype) -> None:
+    assert_good(example((37,), 19, 2053, dtype=dtype))
 
 
-def test_the_size_of_chunks_changes_rounding_at_most(backend: str) -> None:
-    hidden, weight, _ = head_of(90, 16, 301)
-    targets, upstream = targets_of(90, 301), (torch.randn(90), torch.randn(90))
-    whole, *others = (
-        gradients_of(
-            lambda h, w, n=n: linear_logprob(h, w, targets, chunk_rows=n),
-            (hidden, weight),
-            upstream,
-        )
-        for n in (1000, 1, 7, None)
-    )
-    for other in others:
-        for a, b in zip(
-            (*other.results, *other.gradients), (*whole.results, *whole.gradients), strict=True
-        ):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
+@pytest.mark.parametrize("chunk_rows", [1, 7, 64, 1000])
+def test_any_chunk(backend: str, chunk_rows: int) -> None:
+    assert_good(example((67,), 12, 101), chunk_rows=chunk_rows)
 
 
-@pytest.mark.parametrize(
-    ("rows", "vocab", "chunk"),
-    [(4096, 126464, 512), (100, 126464, 64), (8192, 151936, 441), (5, 7, 64), (0, 7, 64)],
-)
-def test_a_chunk_is_an_eighth_of_the_rows_within_bounds(rows: int, vocab: int, chunk: int) -> None:
-    assert default_chunk_rows(rows, vocab) == chunk
+def test_weight_wider_than_a_block(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 16-bit weight is widened a block at a time: 4 rows here, which do not divide 103."""
+    monkeypatch.setattr("igpo.ops._linear.BLOCK_BYTES", 4 * 13 * 4)
+    assert_good(example((20,), 13, 103, dtype=torch.bfloat16), chunk_rows=6)
 
 
-def test_skipped_rows_cost_nothing(backend: str) -> None:
-    hidden, weight, _ = head_of(30, 16, 101)
-    targets = targets_of(30, 101)
-    skip = targets == IGNORE
-    clean = linear_logprob(hidden, weight, targets)
-    hidden[skip] = torch.nan
-    found = gradients_of(
-        lambda h, w: linear_logprob(h, w, targets),
-        (hidden, weight),
-        (torch.ones(30), torch.ones(30)),
-    )
-    for a, b in zip(found.results, clean, strict=True):
-        torch.testing.assert_close(a, b)
-    assert all(g.isfinite().all() for g in found.gradients)
-    assert not found.gradients[0][skip].any()
+def test_logits_are_not_rounded_to_bfloat16(backend: str) -> None:
+    """Logits near 20 have bfloat16 steps of 0.125; the log-probability is right to 1e-5."""
+    hidden = torch.full((1, 4), 4.0, dtype=torch.bfloat16)
+    weight = torch.tensor([[1.25] * 4, [1.25, 1.25, 1.25, 1.2578125]], dtype=torch.bfloat16)
+    logprob, _ = linear_logprob(hidden, weight, torch.tensor([1]))
+    assert logprob.item() == pytest.approx(-torch.tensor(-0.03125).exp().log1p().item(), abs=1e-5)
 
 
-def test_leading_dimensions_and_strides(backend: str) -> None:
-    hidden, weight, bias = head_of(24, 32, 60)
-    targets = targets_of(24, 60).view(4, 6)
-    wide = torch.randn(4, 6, 50)
-    wide[..., 9:41] = hidden.view(4, 6, 32)
-    found = linear_logprob(wide[..., 9:41], weight.t().contiguous().t(), targets, bias=bias)
-    flat = linear_logprob(hidden, weight, targets.reshape(-1), bias=bias)
-    for a, b in zip(found, flat, strict=True):
-        assert a.shape == (4, 6)
-        torch.testing.assert_close(a.reshape(-1), b)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_is_matmul_then_token_logprob(backend: str, dtype: torch.dtype) -> None:
+    """With all rows in one chunk and a weight of one block it is the same arithmetic: the same bits."""
+    hidden, weight, _, targets = example((33,), 24, 513, dtype=dtype)
+    kept = targets != IGNORED
+    logits = hidden[kept].float() @ weight.float().t()
+    whole = token_logprob(logits, targets[kept], temperature=0.9)
+    ours = linear_logprob(hidden, weight, targets, temperature=0.9, chunk_rows=33)
+    for a, b in zip(ours, whole, strict=True):
+        assert torch.equal(a[kept], b)
 
 
-def test_gradients_nobody_asks_for_are_not_made(
-    backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hidden, weight, bias = head_of(9, 8, 31)
-    made: list[tuple[bool, ...]] = []
-    from igpo.ops import _linear
-
-    before = _linear.HeadGradient.__init__
-
-    def spy(self, head, *needs: bool) -> None:
-        made.append(needs)
-        before(self, head, *needs)
-
-    monkeypatch.setattr(_linear.HeadGradient, "__init__", spy)
-    for wanted in ([True, False, False], [False, True, False], [False, False, True]):
-        leaves = [
-            x.clone().requires_grad_(w) for x, w in zip((hidden, weight, bias), wanted, strict=True)
-        ]
-        logprob, _ = linear_logprob(leaves[0], leaves[1], targets_of(9, 31), bias=leaves[2])
-        logprob.sum().backward()
-        assert [x.grad is not None for x in leaves] == wanted
-    assert [list(needs) for needs in made] == [
-        [True, False, False],
-        [False, True, False],
-        [False, False, True],
-    ]
-
-
-def test_results_do_not_depend_on_threads(isa: str, threads: int) -> None:
-    hidden, weight, _ = head_of(21, 64, 3001, torch.bfloat16)
-    targets = targets_of(21, 3001)
-    found = linear_logprob(hidden, weight, targets)
+def test_threads(threads: int) -> None:
+    """The products are torch's, which may differ in the last bits with the number of threads."""
+    inputs = example((70,), 33, 1031)
+    together = run(inputs)
     torch.set_num_threads(1)
-    for a, b in zip(found, linear_logprob(hidden, weight, targets), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # the products are torch's
+    for a, b in zip(together, run(inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_gradcheck_and_compile(backend: str) -> None:
-    targets = targets_of(5, 7)
-    with use_backend("reference"):
-        exact = tuple(x.double().requires_grad_() for x in head_of(5, 4, 7))
-        assert torch.autograd.gradcheck(
-            lambda h, w, b: linear_logprob(h, w, targets, bias=b, temperature=0.7, chunk_rows=2),
-            exact,
-        )
-    leaves = tuple(x.requires_grad_() for x in head_of(5, 4, 7))
-    hidden, weight, bias = leaves
-    torch.library.opcheck(
-        torch.ops.igpo.linear_logprob.default, (hidden, weight, targets, bias, 0.7, IGNORE, 2)
+def test_ignored_rows_are_zero_whatever_they_hold(backend: str) -> None:
+    inputs = example((5, 4), 6, 29)
+    clean = run(inputs)
+    skip = inputs[3] == IGNORED
+    inputs[0][skip] = torch.nan
+    poisoned = run(inputs)
+    assert all(torch.equal(a, b) for a, b in zip(clean, poisoned, strict=True))
+    assert not any(x[skip].any() for x in poisoned[:3])
+    all_ignored = run((*inputs[:3], torch.full_like(inputs[3], IGNORED)))
+    assert not any(x.any() for x in all_ignored)
+
+
+def test_ignore_index_may_be_a_token(backend: str) -> None:
+    hidden, weight, _, _ = example((3,), 4, 8)
+    logprob, entropy = linear_logprob(hidden, weight, torch.tensor([2, 0, 1]), ignore_index=0)
+    assert [x == 0 for x in logprob.tolist()] == [False, True, False]
+    assert entropy[1] == 0
+
+
+def test_suppressed_tokens_and_nan_rows(backend: str) -> None:
+    """A bias of -inf suppresses a token; NaN in a row of hidden stays in that row."""
+    hidden, weight, bias, _ = example((4,), 5, 11)
+    bias[3] = -torch.inf
+    hidden[2] = torch.nan
+    targets = torch.tensor([1, 3, 0, 2])
+    logprob, entropy, of_hidden, *_ = run((hidden, weight, bias, targets))
+    assert logprob.isfinite().tolist() == [True, False, False, True]
+    assert logprob[1] == -torch.inf
+    assert logprob[2].isnan()
+    assert (
+        entropy.isnan().tolist()
+        == of_hidden.isnan().any(-1).tolist()
+        == [False, False, True, False]
+    )
+    truth = run_formula(
+        tuple(x.double() if x.is_floating_point() else x for x in (hidden, weight, bias, targets)),  # type: ignore[arg-type]
+        1.0, torch.float64,
+    )  # fmt: skip
+    torch.testing.assert_close(of_hidden.double(), truth[2], rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_strides_and_views(backend: str) -> None:
+    """hidden with gaps between rows and permuted, weight transposed, everything expanded."""
+    hidden, weight, bias, targets = example((4, 6), 10, 23)
+    wide = torch.randn(4, 6, 13)
+    wide[..., :10] = hidden
+    views: list[Inputs] = [
+        (wide[..., :10], weight.t().contiguous().t(), bias, targets),
+        (hidden.transpose(0, 1), weight, bias, targets.t()),
+        (hidden[:1].expand(4, 6, 10), weight, bias[:1].expand(23), targets),
+    ]
+    for inputs in views:
+        before = [x.clone() for x in inputs]
+        dense = run(tuple(x.contiguous() for x in inputs))  # type: ignore[arg-type]
+        for a, b in zip(run(inputs), dense, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
+
+
+def test_gradient_flows_through_views(backend: str) -> None:
+    one, (_, weight, _, _) = leaf(torch.randn(1, 7)), example((1,), 7, 13)
+    targets = torch.arange(6).view(2, 3)
+    outputs = linear_logprob(one.expand(6, 7).view(2, 3, 7), weight, targets)
+    exact = leaf(one.double())
+    logits = exact.expand(6, 7).view(2, 3, 7) @ weight.double().t()
+    (truth,) = gradients(logprob_formula(logits, targets), [exact])
+    torch.testing.assert_close(gradients(outputs, [one])[0].double(), truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)])
+def test_only_the_gradients_needed(backend: str, needs: tuple[int, int, int]) -> None:
+    inputs = example((9,), 6, 21)
+    whole = run(inputs)[2:]
+    tensors = [x.clone().requires_grad_(bool(n)) for x, n in zip(inputs[:3], needs, strict=True)]
+    outputs = linear_logprob(tensors[0], tensors[1], inputs[3], bias=tensors[2])
+    some = gradients(outputs, [x for x in tensors if x.requires_grad])
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(some, (g for g, n in zip(whole, needs, strict=True) if n), strict=True)
     )
 
-    def loss(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        logprob, entropy = linear_logprob(h, w, targets, bias=b)
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peak_memory(backend: str, dtype: torch.dtype) -> None:
+    """A frozen head: forward and backward hold an eighth of the float32 logits, and no weight gradient."""
+    rows, width, vocab = 1024, 32, 20011
+    hidden, weight, _, targets = example((rows,), width, vocab, dtype=dtype)
+    targets = targets.clamp(min=0)
+    hidden = leaf(hidden)
+
+    def step() -> None:
+        logprob, entropy = linear_logprob(hidden, weight, targets)
+        torch.autograd.grad(logprob.sum() + entropy.sum(), hidden)
+
+    eighth = rows * vocab * 4 / 8
+    assert peak_bytes(step) <= eighth * (6 if backend == "reference" else 1)  # its temporaries
+
+
+def test_gradcheck() -> None:
+    inputs = [x.double() if x.is_floating_point() else x for x in example((5,), 3, 6)]
+    leaves = [leaf(x) for x in inputs[:3]]
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: linear_logprob(h, w, inputs[3], bias=b, temperature=0.8, chunk_rows=2),
+        leaves,
+    )
+
+
+def test_second_derivatives_are_refused(backend: str) -> None:
+    hidden, weight, _, targets = example((2,), 3, 4)
+    hidden = leaf(hidden)
+    (grad,) = gradients(linear_logprob(hidden, weight, targets), [hidden])
+    assert not grad.requires_grad
+    logprob, _ = linear_logprob(hidden, weight, targets)
+    (grad,) = torch.autograd.grad(logprob.sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="linear_logprob: second derivatives are not implement"):
+        grad.sum().backward()
+
+
+def test_opcheck(backend: str) -> None:
+    hidden, weight, bias, targets = example((3, 2), 4, 11)
+    op, options = torch.ops.igpo.linear_logprob.default, (0.7, IGNORED, 2)
+    for b in (bias, None):
+        torch.library.opcheck(op, (leaf(hidden), leaf(weight), targets, b, *options))
+    logprob, *stats = op(hidden, weight, targets, bias, *options)
+    backward = torch.ops.igpo.linear_logprob_backward.default
+    for needs in ([True, True, True], [True, False, False]):
+        args = (logprob, logprob, hidden, weight, targets, bias, *stats, *options, needs)
+        torch.library.opcheck(backward, args)
+
+
+def test_compiles(backend: str) -> None:
+    hidden, weight, bias, targets = example((5,), 7, 37)
+
+    def loss(h: Tensor, w: Tensor) -> Tensor:
+        logprob, entropy = linear_logprob(h * 2, w, targets, bias=bias, temperature=0.5)
         return logprob.sum() - 0.1 * entropy.sum()
 
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    expected = torch.autograd.grad(loss(*leaves), leaves)
-    for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True):
-        torch.testing.assert_close(a, b)
+    a, b = [leaf(hidden), leaf(weight)], [leaf(hidden), leaf(weight)]
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(*a).backward()
+    loss(*b).backward()
+    assert all(torch.equal(x.grad, y.grad) for x, y in zip(a, b, strict=True))
+
+
+def test_autocast_does_not_narrow(backend: str) -> None:
+    inputs = example((5,), 64, 33)
+    plain = run(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = run(inputs)
+    assert all(torch.equal(a, b) for a, b in zip(plain, under, strict=True))
+
+
+def test_cpu_kernels_refuse_float64() -> None:
+    hidden, weight = torch.zeros(1, 2).double(), torch.zeros(3, 2).double()
+    with use_backend("cpu"), pytest.raises(BackendError, match="bfloat16 and float16, not float64"):
+        linear_logprob(hidden, weight, torch.tensor([0]))
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "error", "message"),
     [
+        ({"hidden": None}, TypeError, "linear_logprob: hidden must be a tensor, got NoneType"),
+        ({"hidden": torch.zeros(4, 2).t()}, ValueError, "hidden must have a contiguous last dim"),
+        ({"weight": torch.zeros(3, 4).half()}, ValueError, "weight must be float32, got .*float16"),
+        ({"weight": torch.zeros(3, 5)}, ValueError, r"shape \(V, 4\) with V > 0, got shape \(3, 5"),
+        ({"weight": torch.zeros(0, 4)}, ValueError, r"weight must have shape \(V, 4\) with V > 0"),
+        ({"weight": torch.zeros(4)}, ValueError, r"weight must have shape \(V, 4\) with V > 0"),
+        ({"bias": torch.zeros(4)}, ValueError, r"bias must have shape \(3,\), got shape \(4,\)"),
+        ({"targets": torch.zeros(3).long()}, ValueError, r"targets must have shape \(2,\), got sh"),
+        ({"targets": torch.zeros(2)}, ValueError, "targets must be int64, got shape .*float32"),
         (
-            {"weight": torch.zeros(7, 5)},
-            r"linear_logprob: weight must have shape \(V, 4\) with V > 0, got shape",
+            {"targets": torch.tensor([0, 3])},
+            ValueError,
+            r"be in \[0, 3\) or ignore_.*, got 3\. Set",
         ),
-        ({"weight": torch.zeros(7, 4).bfloat16()}, r"weight must be float32, got .*bfloat16"),
-        ({"bias": torch.zeros(6)}, r"bias must have shape \(7,\), got shape \(6,\)"),
-        ({"hidden": torch.zeros(4, 3).t()}, r"hidden must have a contiguous last dimension"),
-        (
-            {"targets": torch.tensor([0, 7, 1])},
-            r"targets must be in \[0, 7\) or ignore_index=-100, got 7",
-        ),
-        ({"targets": torch.zeros(2).long()}, r"targets must have shape \(3,\), got shape \(2,\)"),
-        ({"temperature": -1.0}, "temperature must be > 0 and finite, got -1.0"),
-        ({"chunk_rows": 0}, "chunk_rows must be None or > 0, got 0"),
+        ({"temperature": -1.0}, ValueError, "temperature must be > 0 and finite, got -1.0"),
+        ({"chunk_rows": 0}, ValueError, "chunk_rows must be None or > 0, got 0"),
     ],
 )
-def test_rejects_bad_input(change: dict, message: str) -> None:
+def test_rejects_bad_input(change: dict, error: type[Exception], message: str) -> None:
     good = {
-        "hidden": torch.zeros(3, 4),
-        "weight": torch.zeros(7, 4),
-        "targets": torch.zeros(3).long(),
+        "hidden": torch.zeros(2, 4),
+        "weight": torch.zeros(3, 4),
+        "targets": torch.zeros(2, dtype=torch.int64),
     }
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         linear_logprob(**(good | change))
