@@ -176,9 +176,9 @@ def test_what_a_function_raises_goes_through(functions: dict[str, Any]) -> None:
     [
         ((), (), "reward_funcs must name at least one function"),
         (
-            ("formt",),
+            ("formats",),
             (),
-            r"must be correctness, format or module:function, got 'formt'. The nearest one is 'format'",
+            r"must be correctness, format or module:function, got 'formats'. The nearest one is 'format'",
         ),
         (("no_such_module:f",), (), r"there is no module 'no_such_module' on the path"),
         (("math:nope",), (), r"module 'math' has no attribute 'nope'"),
