@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from igpo.canvas import masked_canvases, with_hints
 from igpo.config import Config, RewardConfig
@@ -130,6 +131,7 @@ def run_arm(
     num_problems: int = NUM_EVAL,
 ) -> ArmResult:  # fmt: skip
     """Trains a copy of `start` in out/<arm>, which gets metrics.jsonl and the last checkpoint."""
+    transformers_logging.disable_progress_bar()  # of files written in milliseconds, in the middle of our lines
     cfg = replace(cfg, train=replace(cfg.train, output_dir=str(out / arm)))
     tokenizer, grade = CHAIN.tokenizer(), grader()
     policy = copy.deepcopy(start)

@@ -20,9 +20,9 @@ from igpo.models import MaskedDecoder
 from igpo.types import Graded, Metrics, Seed
 
 from . import warm_start
-from .arm import Held, Lift, frame, hint_lift, measure, run_arm
+from .arm import LIFT_PROBLEMS, Held, Lift, frame, hint_lift, measure, run_arm
 from .plots import COLOURS, LABELS, plot
-from .recipe import ARMS, CHAIN, NUM_STEPS, arm_config
+from .recipe import ARMS, CHAIN, NUM_EVAL, NUM_STEPS, arm_config
 from .report import write_report
 from .results import ArmResult, Frame
 
@@ -38,7 +38,9 @@ STEPS_PER_SECOND = 4  # of the answer shown while training
 LIFT_OF_NOTE = 1.2  # below it hints do nothing worth speaking of (chosen)
 
 
-def run(options: DemoOptions, num_steps: int = NUM_STEPS) -> dict[str, object]:
+def run(
+    options: DemoOptions, num_steps: int = NUM_STEPS, num_problems: int = NUM_EVAL
+) -> dict[str, object]:
     """Runs everything; returns what summary.json holds."""
     began, out = time.monotonic(), Path(options.out)
     torch.set_num_threads(1)  # of matrices this small, more threads only wait for each other
@@ -46,9 +48,10 @@ def run(options: DemoOptions, num_steps: int = NUM_STEPS) -> dict[str, object]:
     _introduce()
     start = warm_start.train() if options.from_scratch else warm_start.shipped()
     cfg = arm_config("igpo", options.seed, num_steps)
-    before, lift = measure(start, cfg), hint_lift(start, cfg)
+    before = measure(start, cfg, num_problems)
+    lift = hint_lift(start, cfg, min(LIFT_PROBLEMS, num_problems))
     say(describe(lift))
-    arms = run_arms(start, before, options, num_steps)
+    arms = run_arms(start, before, options, num_steps, num_problems)
     output.print(table(arms))
     say(NOTES[-1])
     summary = {
@@ -88,7 +91,7 @@ def describe(lift: Lift) -> str:
 
 
 def run_arms(
-    start: MaskedDecoder, before: Held, options: DemoOptions, num_steps: int
+    start: MaskedDecoder, before: Held, options: DemoOptions, num_steps: int, num_problems: int
 ) -> list[ArmResult]:
     """The arms one after the other, on all threads; live on a terminal."""
     torch.set_num_threads(
@@ -104,7 +107,8 @@ def run_arms(
                 advance(reward=metrics["reward"])
 
             cfg = arm_config(arm, options.seed, num_steps)
-            arms.append(run_arm(arm, cfg, start, before, Path(options.out), observe))
+            out = Path(options.out)
+            arms.append(run_arm(arm, cfg, start, before, out, observe, num_problems))
             screen.end(arms[-1])
             say(f"{LABELS[arm]}: accuracy {before.accuracy:.1%} -> {arms[-1].after:.1%}")
     return arms
