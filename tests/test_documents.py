@@ -1,0 +1,58 @@
+"""The README's code runs, its tables are what the programs print, and docs/learning.md shows what was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from igpo.demo import study
+from igpo.ops import OPS
+from igpo.ops.__main__ import rows
+from igpo.rl.algorithms import ALGORITHMS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("code", SNIPPETS)
+def test_snippets_run(code: str) -> None:
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_there_are_snippets() -> None:
+    assert SNIPPETS
+
+
+def test_the_table_of_backends_is_that_of_the_program() -> None:
+    for op in OPS.values():
+        for name, backend, _, checked in rows(op):
+            assert re.search(
+                rf"^{name} +{backend} +.*{re.escape(checked)}$", README, re.MULTILINE
+            ), (name, backend)
+
+
+def test_every_op_and_algorithm_is_named() -> None:
+    for name in (*OPS, *ALGORITHMS):
+        assert f"`{name}`" in README, f"README.md does not name {name}"
+
+
+def test_links_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_learning_table_is_that_of_the_measurements() -> None:
+    summary = json.loads((ROOT / "docs" / "learning.json").read_text(encoding="utf-8"))
+    text = (ROOT / "docs" / "learning.md").read_text(encoding="utf-8")
+    assert study.table(summary) in text
+    lines = study.read(ROOT / "docs" / "learning.jsonl")
+    assert len(lines) == summary["seeds"] * len(summary["arms"])
+    for arm, found in summary["arms"].items():
+        assert found == json.loads(
+            json.dumps(study.summarise([x for x in lines if x["name"] == arm]))
+        )
