@@ -14,11 +14,11 @@ import torch
 from rich.table import Table
 
 from .canvas import masked_canvases
-from .config import Config, EvalOptions
+from .config import Config, ConfigError, EvalOptions
 from .config_io import validate
 from .data import load_prompts
 from .logging import output, progress, say
-from .policy import build_policy, load_tokenizer
+from .policy import build_policy, load_tokenizer, require_model
 from .rewards import Grade, make_grader
 from .rollout import denoise
 from .types import Graded, Metrics, Policy, Prompt, Rollouts, Seed
@@ -49,9 +49,9 @@ def evaluate(
     Random streams belong to (seed, row of the dataset, sample), so the result does not depend on eval_batch_size.
 
     Returns:
-        accuracy: mean over problems of the fraction of correct completions, with accuracy_low and accuracy_high, its
-        95 % interval over problems (Wilson's for one completion each, normal for more).   pass@k for k = 2, 4, … up
-        to the number of completions: the unbiased estimate 1 - C(n-c, k) / C(n, k) (arXiv:2107.03374, equation 1).
+        accuracy: mean over problems of the fraction of correct completions, with accuracy_low and accuracy_high,
+        Wilson's 95 % interval with the number of problems (completions of a problem are not independent).
+        pass@k for k = 2, 4, … up to the number of completions: the unbiased estimate 1 - C(n-c, k) / C(n, k) (arXiv:2107.03374, equation 1).
         reward, completion_length (tokens before EOS), num_problems, forwards (sequences times model calls).
     """
     found = list(complete(policy, tokenizer, prompts, grade, cfg))
@@ -116,7 +116,7 @@ def summary(lines: Sequence[Completion]) -> dict[str, float]:
     rates = [sum(verdicts) / len(verdicts) for verdicts in per_problem.values()]
     samples = min(map(len, per_problem.values()))
     accuracy = sum(rates) / len(rates)
-    low, high = wilson(accuracy, len(rates)) if samples == 1 else _normal(rates)
+    low, high = wilson(accuracy, len(rates))
     numbers = {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high}
     for k in (2**i for i in range(1, samples.bit_length())):
         found = [pass_at_k(len(v), sum(v), k) for v in per_problem.values()]
@@ -146,16 +146,27 @@ def wilson(rate: float, n: int) -> tuple[float, float]:
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
-def _normal(rates: Sequence[float]) -> tuple[float, float]:
-    n, mean = len(rates), sum(rates) / len(rates)
-    spread = math.sqrt(sum((r - mean) ** 2 for r in rates) / max(1, n - 1) / n)
-    return max(0.0, mean - Z * spread), min(1.0, mean + Z * spread)
+def check(cfg: Config) -> None:
+    """Raises ConfigError for settings of the evaluation that cannot be meant."""
+    e = cfg.evaluation
+    for key in ("eval_batch_size", "num_eval_generations"):
+        if getattr(e, key) < 1:
+            raise ConfigError(f"{key} must be at least 1, got {getattr(e, key)}.")
+    if e.eval_temperature < 0:
+        raise ConfigError(f"eval_temperature must not be negative, got {e.eval_temperature}.")
+    if e.num_eval_generations > 1 and e.eval_temperature == 0:
+        raise ConfigError(
+            f"num_eval_generations must be 1 at eval_temperature 0, where all completions of a problem are the same, "
+            f"got {e.num_eval_generations}. Set eval_temperature."
+        )
 
 
 def run(cfg: Config, options: EvalOptions) -> Metrics:
     """`igpo eval`: prints a table, writes evaluation.json (numbers and protocol) into output_dir, and every completion
     into predictions_file when one is named."""
     validate(cfg, need=("eval_file",))
+    check(cfg)
+    require_model(cfg, "eval")
     if cfg.train.num_threads:
         torch.set_num_threads(cfg.train.num_threads)
     tokenizer = load_tokenizer(cfg.model)

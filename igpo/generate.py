@@ -18,7 +18,7 @@ from .config import Config, ConfigError, DataConfig, GenerateOptions
 from .config_io import validate
 from .data import load_prompts, prompt_ids
 from .logging import output, progress, say
-from .policy import build_policy, load_tokenizer
+from .policy import build_policy, load_tokenizer, require_model
 from .rewards.grader import completion_texts
 from .rollout import denoise
 from .types import Canvas, Prompt, Seed
@@ -31,6 +31,11 @@ def run(cfg: Config, options: GenerateOptions) -> list[str]:
     validate(cfg)
     if options.num_samples < 1:
         raise ConfigError(f"num_samples must be at least 1, got {options.num_samples}.")
+    require_model(cfg, "generate")
+    if options.num_samples > 1 and cfg.rollout.temperature == 0:
+        raise ConfigError(
+            f"num_samples must be 1 at temperature 0, where all are the same, got {options.num_samples}."
+        )
     tokenizer = load_tokenizer(cfg.model)
     prompts = read_prompts(cfg.data, options, tokenizer)
     policy = build_policy(cfg, tokenizer)
@@ -88,11 +93,8 @@ def shown_steps(canvas: Canvas, tokenizer: Any, wanted: bool) -> Iterator[OnStep
 
         def as_line(step: int, tokens: Tensor) -> None:
             row = tokens[0, canvas.prompt_length :].tolist()
-            output.print(
-                f"{step:4d} {render(row, before, canvas, tokenizer).plain}",
-                soft_wrap=True,
-                markup=False,
-            )
+            text = render(row, before, canvas, tokenizer).plain.replace("\n", "\\n")
+            output.print(f"{step:4d} {text}", soft_wrap=True, markup=False, highlight=False)
             before[:] = row
 
         yield as_line

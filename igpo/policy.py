@@ -39,6 +39,14 @@ def load_tokenizer(cfg: ModelConfig) -> Any:
     return tokenizer
 
 
+def require_model(cfg: Config, command: str) -> None:
+    """Raises ConfigError unless there is a trained model to ask."""
+    if cfg.model.model_name_or_path is None:
+        raise ConfigError(
+            f"model_name_or_path must name the folder of a model for {command}, got none."
+        )
+
+
 def placement(cfg: ModelConfig) -> tuple[torch.device, torch.dtype]:
     """The device, and the type of the weights that compute (masters are float32 whatever it is)."""
     if cfg.device == "auto":

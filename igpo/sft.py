@@ -29,7 +29,8 @@ WEIGHTINGS = ("1/t", "L/l", "none")
 class Examples:
     """A batch of worked solutions under noise.
 
-    canvas: its tokens hold the noisy completions.   targets: (B, L) int64, the clean ones.   masked: (B, L) bool.
+    canvas: its tokens hold the noisy completions.   targets: (B, L) int64, the clean ones.   masked: (B, L) bool, the
+    masked tokens that are learned.
     weight: (B,) float32: the loss is the sum over masked tokens of weight times cross-entropy.
     """
 
@@ -46,16 +47,16 @@ def noisy_examples(
     seed: Seed,
     device: torch.device | str = "cpu",
 ) -> Examples:
-    """Puts each trace on a canvas of max_completion_length tokens and masks a fraction t of it.
+    """Puts each trace on a canvas of max_completion_length tokens, EOS to its end, and masks a fraction t of it.
 
-    What follows the trace is EOS and is learned like the rest (train_on_eos_padding: so a model learns to stop), or is
-    padding that nothing attends to. t = sft_epsilon + (1 - sft_epsilon) u, where the u of a batch are one uniform shift
-    of B evenly spaced points in random order: each is uniform, together they cover [0, 1]. Weights, for B rows of n
-    tokens that may be masked:
+    Everything may be masked, as in a rollout; without train_on_eos_padding only the tokens up to the first EOS are
+    learned (LLaDA learns all of them: that is how it learns to stop). t = sft_epsilon + (1 - sft_epsilon) u, where
+    the u of a batch are one uniform shift of B evenly spaced points in random order: each is uniform, together they cover
+    [0, 1]. Weights, for B rows of n learned tokens on a canvas of L:
 
         1/t: each token with probability t, weight 1 / (t n B)         (arXiv:2502.09992, equation 5)
-        L/l: exactly l = max(1, round(t n)) tokens, weight 1 / (l B)   (its equation 6, of lower variance)
-        none: each token with probability t, weight 1 / (masked tokens of the batch)
+        L/l: exactly l = max(1, round(t L)) tokens, weight L / (l n B) (its equation 6, of lower variance)
+        none: each token with probability t, weight 1 / (masked learned tokens of the batch)
 
     Raises:
         DataError: a prompt has no trace, or one longer than the canvas.
@@ -66,27 +67,22 @@ def noisy_examples(
         pad_id=tokenizer.pad_token_id, eos_id=eos,
     )  # fmt: skip
     check_traces(prompts, length)
-    to_the_end = cfg.sft.train_on_eos_padding
-    fill = eos if to_the_end else tokenizer.pad_token_id
-    rows = [[*p.trace_ids, *[fill] * (length - len(p.trace_ids))] for p in prompts]
-    sizes = torch.tensor([length if to_the_end else len(p.trace_ids) for p in prompts])
-    targets, maskable = torch.tensor(rows), torch.arange(length) < sizes[:, None]
+    rows = [[*p.trace_ids, *[eos] * (length - len(p.trace_ids))] for p in prompts]
+    targets, learned = torch.tensor(rows), torch.ones(len(prompts), length, dtype=torch.bool)
+    if not cfg.sft.train_on_eos_padding:
+        learned = torch.arange(length) < torch.tensor([[len(p.trace_ids)] for p in prompts])
     t, noise = _mask_ratios(len(prompts), cfg.sft.sft_epsilon, seed), seed.named("mask")
     exact = cfg.sft.sft_weighting == "L/l"
     if exact:
-        t = (sizes * t).round().clamp(min=1) / sizes
+        t = (length * t).round().clamp(min=1) / length
     noisy, masked = forward_mask(
-        targets, maskable, t, mask_id=canvas.mask_id, seed=noise.value, step=noise.step,
+        targets, torch.ones_like(learned), t, mask_id=canvas.mask_id, seed=noise.value, step=noise.step,
         row_ids=canvas.row_ids, exact=exact,
     )  # fmt: skip
-    before = canvas.prompt_length
-    canvas = replace(
-        canvas,
-        tokens=torch.cat((canvas.tokens[:, :before], noisy), 1),
-        attention_mask=torch.cat((canvas.attention_mask[:, :before], maskable), 1),
-    )
-    weight = _weights(cfg.sft.sft_weighting, t, sizes, masked)
-    return _moved(Examples(canvas, targets, masked, weight), device)
+    tokens = torch.cat((canvas.tokens[:, : canvas.prompt_length], noisy), 1)
+    scored = masked & learned
+    weight = _weights(cfg.sft.sft_weighting, t, learned.sum(1), scored)
+    return _moved(Examples(replace(canvas, tokens=tokens), targets, scored, weight), device)
 
 
 def check_traces(prompts: Sequence[Prompt], length: int) -> None:
@@ -106,13 +102,10 @@ def _mask_ratios(rows: int, epsilon: float, seed: Seed) -> Tensor:
     return epsilon + (1 - epsilon) * u
 
 
-def _weights(weighting: str, t: Tensor, sizes: Tensor, masked: Tensor) -> Tensor:
-    rows, count = len(t), masked.sum(1)
-    if weighting == "1/t":
-        return (1 / (t * sizes * rows)).float()
-    if weighting == "L/l":
-        return (1 / (count * rows)).float()
-    return (torch.ones_like(t) / count.sum().clamp(min=1)).float()
+def _weights(weighting: str, t: Tensor, sizes: Tensor, scored: Tensor) -> Tensor:
+    if weighting == "none":
+        return (torch.ones_like(t) / scored.sum().clamp(min=1)).float()
+    return (1 / (t * sizes * len(t))).float()
 
 
 def _moved(examples: Examples, device: torch.device | str) -> Examples:

@@ -21,7 +21,7 @@ from .checkpoint import State
 from .config import Config
 from .config_io import validate
 from .data import batches, load_prompts
-from .evaluate import evaluate
+from .evaluate import check, evaluate
 from .logging import RunLog, completions_table, console, progress, say
 from .optim import TrainingError, Updater
 from .policy import Reference, build_policy, load_tokenizer, reference_of
@@ -170,7 +170,7 @@ def set_up(cfg: Config) -> Run:
 
 
 def _evaluation(cfg: Config, policy: Any, tokenizer: Any, grade: Grade) -> Callable[[], Metrics]:
-    assert cfg.data.eval_file is not None, "validate asks for it"
+    check(cfg)
     limit = cfg.evaluation.eval_limit
     held_out = load_prompts(cfg.data.eval_file, cfg.data, tokenizer, limit=limit)
     return partial(evaluate, policy, tokenizer, held_out, grade, cfg)

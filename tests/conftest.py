@@ -104,3 +104,15 @@ def tiny(problems: Path, tmp_path: Path) -> Callable[..., Config]:
         return config_io.load([], [*settings, *overrides])
 
     return make
+
+
+@pytest.fixture
+def trained(tiny: Callable[..., Config], tmp_path: Path) -> Callable[..., Config]:
+    """As tiny, with a saved model: what can be evaluated and asked."""
+    from igpo.policy import build_policy, load_tokenizer
+
+    cfg = tiny()
+    tokenizer = load_tokenizer(cfg.model)
+    for part in (build_policy(cfg, tokenizer), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    return lambda *overrides: tiny(f"model_name_or_path={tmp_path / 'model'}", *overrides)

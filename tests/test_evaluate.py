@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from igpo import evaluate as program
 from igpo.cli import main
-from igpo.config import Config
+from igpo.config import Config, ConfigError, EvalOptions
 from igpo.config_io import assign, dump
 from igpo.data import load_prompts
 from igpo.evaluate import Completion, evaluate, pass_at_k, summary, wilson
@@ -89,10 +89,16 @@ def test_evaluate_agrees_with_a_verifier_that_knows(tiny: Callable[..., Config])
 
 
 def test_the_program_writes_numbers_protocol_and_every_completion(
-    tiny: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture
+    trained: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    cfg = tiny(f"output_dir={tmp_path / 'out'}")
-    cfg = options(cfg, eval_file=cfg.data.train_file, num_eval_generations=2, eval_limit=2)
+    cfg = trained(f"output_dir={tmp_path / 'out'}")
+    cfg = options(
+        cfg,
+        eval_file=cfg.data.train_file,
+        num_eval_generations=2,
+        eval_temperature=1.0,
+        eval_limit=2,
+    )
     config, predictions = tmp_path / "eval.yaml", tmp_path / "deep" / "predictions.jsonl"
     config.write_text(dump(cfg), encoding="utf-8")
     assert main(["eval", str(config), f"predictions_file={predictions}"]) == 0
@@ -100,6 +106,27 @@ def test_the_program_writes_numbers_protocol_and_every_completion(
     assert [(x["row"], x["sample"]) for x in lines] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert record["metrics"]["accuracy"] == sum(x["correct"] for x in lines) / 4
-    assert record["protocol"]["temperature"] == 0.0
+    assert record["protocol"]["temperature"] == 1.0
     assert record["protocol"]["num_eval_generations"] == 2
     assert "accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"num_eval_generations": 2},
+            "num_eval_generations must be 1 at eval_temperature 0, .* got 2",
+        ),
+        ({"num_eval_generations": 0}, "num_eval_generations must be at least 1, got 0"),
+        ({"eval_batch_size": 0}, "eval_batch_size must be at least 1, got 0"),
+        ({"eval_temperature": -1.0}, "eval_temperature must not be negative, got -1.0"),
+        ({}, "model_name_or_path must name the folder of a model for eval, got none"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(
+    tiny: Callable[..., Config], changes: dict[str, object], message: str
+) -> None:
+    cfg = options(tiny(), eval_file=tiny().data.train_file, **changes)
+    with pytest.raises(ConfigError, match=message):
+        program.run(cfg, EvalOptions())

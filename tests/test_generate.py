@@ -18,22 +18,22 @@ from igpo.policy import load_tokenizer
 
 
 def test_one_prompt_gives_its_samples_on_standard_output(
-    tiny: Callable[..., Config], capsys: pytest.CaptureFixture
+    trained: Callable[..., Config], capsys: pytest.CaptureFixture
 ) -> None:
-    texts = run(tiny(), GenerateOptions(prompt="2 + 2?", num_samples=3))
+    texts = run(trained(), GenerateOptions(prompt="2 + 2?", num_samples=3))
     assert len(texts) == 3
     assert capsys.readouterr().out.count("> 2 + 2?") == 3
 
 
 def test_files_of_prompts_give_jsonl_whatever_the_batch_size(
-    tiny: Callable[..., Config], tmp_path: Path
+    trained: Callable[..., Config], tmp_path: Path
 ) -> None:
     plain, out = tmp_path / "prompts.txt", tmp_path / "deep" / "out.jsonl"
     plain.write_text("one\n\ntwo\nthree\n", encoding="utf-8")
     found = []
     for size in (1, 64):
         config = tmp_path / "config.yaml"
-        config.write_text(dump(tiny(f"rollout_batch_size={size}")), encoding="utf-8")
+        config.write_text(dump(trained(f"rollout_batch_size={size}")), encoding="utf-8")
         words = [str(config), f"prompt_file={plain}", f"output_file={out}", "num_samples=2"]
         assert main(["generate", *words]) == 0
         found.append([json.loads(line) for line in out.read_text().splitlines()])
@@ -43,10 +43,12 @@ def test_files_of_prompts_give_jsonl_whatever_the_batch_size(
     ]
 
 
-def test_jsonl_prompts_need_their_column_only(tiny: Callable[..., Config], tmp_path: Path) -> None:
+def test_jsonl_prompts_need_their_column_only(
+    trained: Callable[..., Config], tmp_path: Path
+) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"q": "what?"}\n', encoding="utf-8")
-    tokenizer = load_tokenizer(tiny().model)
+    tokenizer = load_tokenizer(trained().model)
     (prompt,) = read_prompts(
         DataConfig(prompt_column="q"), GenerateOptions(prompt_file=str(path)), tokenizer
     )
@@ -54,17 +56,17 @@ def test_jsonl_prompts_need_their_column_only(tiny: Callable[..., Config], tmp_p
 
 
 def test_steps_are_lines_when_there_is_no_terminal(
-    tiny: Callable[..., Config], capsys: pytest.CaptureFixture
+    trained: Callable[..., Config], capsys: pytest.CaptureFixture
 ) -> None:
-    run(tiny(), GenerateOptions(prompt="2?", show_steps=True))
+    run(trained(), GenerateOptions(prompt="2?", show_steps=True))
     lines = capsys.readouterr().out.splitlines()
     steps = [line for line in lines if line[:4].strip().isdigit()]
     assert [int(line[:4]) for line in steps] == [0, 1, 2, 3]
     assert steps[0].count("\u2591") > steps[2].count("\u2591")
 
 
-def test_the_view_tells_masked_new_and_given_tokens_apart(tiny: Callable[..., Config]) -> None:
-    tokenizer = load_tokenizer(tiny().model)
+def test_the_view_tells_masked_new_and_given_tokens_apart(trained: Callable[..., Config]) -> None:
+    tokenizer = load_tokenizer(trained().model)
     a, b, c = (tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in "123")
     (prompt,) = read_prompts(DataConfig(), GenerateOptions(prompt="x"), tokenizer)
     mask, eos = tokenizer.mask_token_id, tokenizer.eos_token_id
@@ -77,6 +79,17 @@ def test_the_view_tells_masked_new_and_given_tokens_apart(tiny: Callable[..., Co
     assert [span.style for span in text.spans] == ["yellow", "bold green", "dim"]
 
 
+def test_a_model_and_distinct_samples_are_asked_for(
+    tiny: Callable[..., Config], trained: Callable[..., Config]
+) -> None:
+    with pytest.raises(
+        ConfigError, match="model_name_or_path must name the folder of a model for generate"
+    ):
+        run(tiny(), GenerateOptions(prompt="2?"))
+    with pytest.raises(ConfigError, match=r"num_samples must be 1 at temperature 0, .* got 2"):
+        run(trained("temperature=0"), GenerateOptions(prompt="2?", num_samples=2))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -86,6 +99,8 @@ def test_the_view_tells_masked_new_and_given_tokens_apart(tiny: Callable[..., Co
         ({"prompt": "a", "num_samples": 0}, "num_samples must be at least 1, got 0"),
     ],
 )
-def test_bad_options_are_refused(tiny: Callable[..., Config], options: dict, message: str) -> None:
+def test_bad_options_are_refused(
+    trained: Callable[..., Config], options: dict, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
-        run(tiny(), GenerateOptions(**options))
+        run(trained(), GenerateOptions(**options))

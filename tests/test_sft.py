@@ -59,16 +59,20 @@ def test_a_trace_is_padded_with_eos_that_is_learned(cfg: Config) -> None:
     assert torch.equal(shown[~found.masked], found.targets[~found.masked])
 
 
-def test_padding_that_is_not_learned_is_not_attended_to(cfg: Config) -> None:
-    cfg = with_options(cfg, train_on_eos_padding=False)
+def test_padding_that_is_not_learned_is_masked_like_the_rest(cfg: Config) -> None:
     tokenizer = load_tokenizer(cfg.model)
     prompts = load_prompts(cfg.data.train_file, cfg.data, tokenizer)
-    found = noisy_examples(prompts, cfg, tokenizer, Seed(0))
+    all_learned = noisy_examples(prompts, cfg, tokenizer, Seed(0))
+    found = noisy_examples(
+        prompts, with_options(cfg, train_on_eos_padding=False), tokenizer, Seed(0)
+    )
+    assert torch.equal(
+        found.canvas.tokens, all_learned.canvas.tokens
+    )  # the canvas does not tell where to stop
     sizes = torch.tensor([len(p.trace_ids) for p in prompts])
-    real = torch.arange(LENGTH) < sizes[:, None]
-    assert torch.equal(found.canvas.attention_mask[:, found.canvas.prompt_length :], real)
-    assert not (found.masked & ~real).any()
-    assert not real.all()
+    learned = torch.arange(LENGTH) < sizes[:, None]
+    assert torch.equal(found.masked, all_learned.masked & learned)
+    assert (all_learned.masked & ~learned).any()
 
 
 def test_ratios_cover_the_unit_interval_and_are_uniform_each() -> None:
@@ -97,17 +101,20 @@ def test_the_loss_is_its_equation(cfg: Config, weighting: str, padding: bool) ->
         logits = policy(canvas.tokens, canvas.attention_mask, canvas.position_ids).logits.double()
     logp = logits[:, canvas.prompt_length :].log_softmax(-1)
     cross_entropy = -logp.gather(-1, found.targets[..., None])[..., 0]
-    sizes = canvas.attention_mask[:, canvas.prompt_length :].sum(1)
+    eos = load_tokenizer(cfg.model).eos_token_id
+    sizes = torch.full((len(logp),), LENGTH) if padding else (found.targets != eos).sum(1) + 1
     t = program._mask_ratios(len(sizes), cfg.sft.sft_epsilon, Seed(0))
-    count = found.masked.sum(1)
+    masked = canvas.completion == canvas.mask_id
+    assert torch.equal(found.masked, masked & (torch.arange(LENGTH) < sizes[:, None]))
+    count = masked.sum(1)
     per_row = (cross_entropy * found.masked).sum(1)
     expected = {
         "1/t": (per_row / t / sizes).mean(),
-        "L/l": (per_row * (sizes / count) / sizes).mean(),
-        "none": per_row.sum() / count.sum(),
+        "L/l": (per_row * (LENGTH / count) / sizes).mean(),
+        "none": per_row.sum() / found.masked.sum(),
     }[weighting]
     if weighting == "L/l":
-        assert torch.equal(count, (t * sizes).round().clamp(min=1).long())
+        assert torch.equal(count, (t * LENGTH).round().clamp(min=1).long())
     assert sft_loss(policy, found).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
