@@ -62,18 +62,25 @@ def plot(arms: Sequence[ArmResult], path: Path, title: str) -> None:
 
 
 def plot_study(arms: Mapping[str, Mapping[str, Any]], path: Path, num_seeds: int) -> None:
-    """Writes a PNG: mean held-out accuracy with its 95 % band, against rollouts and against forwards."""
+    """Writes a PNG: means with their 95 % bands, of held-out accuracy and of the groups that are all wrong after any
+    rescue, against rollouts and against forwards."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8), sharey=True, constrained_layout=True)
-    for axis, x in zip(axes, ("rollouts", "forwards"), strict=True):
+    figure, grid = pyplot.subplots(
+        2, 2, figsize=(10, 7), sharex="col", sharey="row", constrained_layout=True
+    )
+    shown = (("accuracy", "held-out accuracy, %"), ("unrescued", "groups that teach nothing, %"))
+    for axis, (measure, x) in zip(
+        grid.flat, [(m, x) for m, _ in shown for x in ("rollouts", "forwards")], strict=True
+    ):
         for name, found in arms.items():
-            places = [p[x] for p in found["curve"]]
-            middle = [100 * p["accuracy"]["value"] for p in found["curve"]]
-            half = [100 * p["accuracy"]["half_width"] for p in found["curve"]]
+            curve = [p for p in found["curve"] if measure in p]
+            places = [p[x] for p in curve]
+            middle = [100 * p[measure]["value"] for p in curve]
+            half = [100 * p[measure]["half_width"] for p in curve]
             axis.plot(places, middle, marker="o", ms=3, color=COLOURS[name], label=LABELS[name])
             low, high = (
                 [m + sign * h for m, h in zip(middle, half, strict=True)] for sign in (-1, 1)
@@ -82,8 +89,9 @@ def plot_study(arms: Mapping[str, Mapping[str, Any]], path: Path, num_seeds: int
         axis.set_xlabel(f"{x} (mean of {num_seeds} seeds)")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("held-out accuracy, %")
-    axes[0].legend(fontsize=8)
+    for axis, (_, label) in zip(grid[:, 0], shown, strict=True):
+        axis.set_ylabel(label)
+    grid[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 

@@ -78,6 +78,8 @@ def _introduce() -> None:
     )
     say(f"  prompt      {example.text}")
     say(f"  completion  {example.trace} </s>")
+    for note in NOTES[:-1]:
+        say(note)
 
 
 def describe(lift: Lift) -> str:
@@ -93,10 +95,7 @@ def describe(lift: Lift) -> str:
 def run_arms(
     start: MaskedDecoder, before: Held, options: DemoOptions, num_steps: int, num_problems: int
 ) -> list[ArmResult]:
-    """The arms one after the other, on all threads; live on a terminal."""
-    torch.set_num_threads(
-        min(2, torch.get_num_threads())
-    )  # more only get in each other's way at this size
+    """The arms one after the other; live on a terminal."""
     screen, arms = Screen(), []
     with shown_below(screen.view), progress(len(ARMS) * num_steps, "all arms") as advance:
         for arm in ARMS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,6 +25,11 @@ class Point:
     all_wrong: float
     unrescued: float
     accuracy: float | None = None
+
+
+def over_steps(values: Sequence[float]) -> float:
+    """Mean over the training steps of one value per point: the first point, before any step, is left out."""
+    return sum(values[1:]) / max(1, len(values) - 1)
 
 
 @dataclass(frozen=True)
@@ -57,11 +63,11 @@ class ArmResult:
 
     @property
     def all_wrong(self) -> float:
-        return sum(p.all_wrong for p in self.points) / max(1, len(self.points))
+        return over_steps([p.all_wrong for p in self.points])
 
     @property
     def unrescued(self) -> float:
-        return sum(p.unrescued for p in self.points) / max(1, len(self.points))
+        return over_steps([p.unrescued for p in self.points])
 
     @property
     def rollouts(self) -> int:

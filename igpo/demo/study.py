@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,14 @@ from typing import Any
 
 import torch
 
-from igpo.environment import versions
+from igpo.environment import git_commit, machine, versions
 from igpo.logging import output, progress, say
 
 from . import warm_start
 from .arm import hint_lift, measure, run_arm
 from .plots import LABELS, plot_study
 from .recipe import NUM_STEPS, STUDY_ARMS, arm_config
+from .results import over_steps
 
 # two-sided 95 % quantiles of Student's t, by degrees of freedom
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -74,6 +76,9 @@ def run(num_seeds: int, folder: Path, num_steps: int = NUM_STEPS) -> dict[str, A
         "arms": {arm: summarise([x for x in lines if x["name"] == arm]) for arm in STUDY_ARMS},
         "seeds": num_seeds,
         "steps": num_steps,
+        "date": time.strftime("%Y-%m-%d"),
+        "git_commit": git_commit(),
+        "machine": machine(),
         "versions": versions(),
     }
     (folder / "learning.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
@@ -87,23 +92,43 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-MEASURES = ("after", "all_wrong_after", "all_wrong", "unrescued", "rollouts", "forwards", "seconds")
+MEASURES = ("after", "all_wrong_after", "rollouts", "forwards", "seconds")
+FRACTIONS = ("all_wrong", "unrescued")  # of the groups of a step, before and after any rescue
 
 
 def summarise(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over the seeds of one arm: its measures, and its held-out accuracy against rollouts and forwards."""
+    """Means over the seeds of one arm: its measures, and against rollouts and forwards its held-out accuracy and the
+    all-wrong fractions (of the steps since the point before)."""
     found: dict[str, Any] = {name: vars(mean([x[name] for x in lines])) for name in MEASURES}
-    measured = [[p for p in x["points"] if p["accuracy"] is not None] for x in lines]
+    for name in FRACTIONS:
+        found[name] = vars(mean([over_steps([p[name] for p in x["points"]]) for x in lines]))
+    places = [i for i, p in enumerate(lines[0]["points"]) if p["accuracy"] is not None]
+    measured = [[x["points"][i] for i in places] for x in lines]
     found["curve"] = [
         {
             "step": points[0]["step"],
             "rollouts": sum(p["rollouts"] for p in points) / len(points),
             "forwards": sum(p["forwards"] for p in points) / len(points),
             "accuracy": vars(mean([p["accuracy"] for p in points])),
+            **{name: _since(lines, name, before, place) for name in FRACTIONS if place},
         }
-        for points in zip(*measured, strict=True)
+        for before, place, points in zip(
+            [0, *places], places, zip(*measured, strict=True), strict=False
+        )
     ]
     return found
+
+
+def _since(lines: Sequence[dict[str, Any]], name: str, before: int, place: int) -> dict[str, Any]:
+    """The mean over seeds of a fraction's mean over the points after `before`, up to `place`."""
+    return vars(
+        mean(
+            [
+                sum(p[name] for p in x["points"][before + 1 : place + 1]) / (place - before)
+                for x in lines
+            ]
+        )
+    )
 
 
 def table(summary: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The model every arm starts from: masked SFT on short of half a hundred thousand chains.
+"""The model every arm starts from: masked SFT on 66 thousand chains (1,030 batches of 64).
 
 python -m igpo.demo.warm_start          writes the weights that are shipped beside this file
 """

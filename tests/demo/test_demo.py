@@ -254,6 +254,11 @@ def test_a_study_goes_on_where_it_stopped(
     assert found["value"] == pytest.approx(results["igpo"].after + 0.005)
     assert found["half_width"] == pytest.approx(12.706 * 0.01 / 2)
     assert [p["step"] for p in summary["arms"]["grpo"]["curve"]] == [0, 1, 2]
+    course = summary["arms"]["grpo"]["curve"]
+    assert "all_wrong" not in course[0]
+    assert [p["all_wrong"]["value"] for p in course[1:]] == [
+        p.all_wrong for p in results["grpo"].points[1:]
+    ]
     assert study.table(summary).count("\n") == 1 + len(STUDY_ARMS)
     assert json.loads((tmp_path / "learning.json").read_text())["seeds"] == 2
 
@@ -262,6 +267,10 @@ def test_means_have_students_intervals() -> None:
     found = study.mean([1.0, 2.0, 3.0, 4.0, 5.0])
     assert found.value == 3
     assert found.half_width == pytest.approx(2.776 * 2.5**0.5 / 5**0.5)
-    point = Point(1, 1, 1, 0.0, 0.5, 0.25, 0.25)
-    arm = ArmResult("igpo", 0.1, 0.2, 0.9, 0.8, None, (point, replace(point, all_wrong=0.75)))
-    assert arm.all_wrong == 0.5
+
+
+def test_fractions_are_means_over_the_steps_and_not_over_the_start() -> None:
+    point = Point(0, 0, 0, 0.0, 0.5, 0.25, 0.25)
+    steps = [replace(point, step=1), replace(point, step=2, all_wrong=0.75, unrescued=0.5)]
+    arm = ArmResult("igpo", 0.1, 0.2, 0.9, 0.8, None, (point, *steps))
+    assert (arm.all_wrong, arm.unrescued) == (0.5, 0.375)
