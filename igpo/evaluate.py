@@ -51,8 +51,9 @@ def evaluate(
     Returns:
         accuracy: mean over problems of the fraction of correct completions, with accuracy_low and accuracy_high,
         Wilson's 95 % interval with the number of problems (completions of a problem are not independent).
-        pass@k for k = 2, 4, … up to the number of completions: the unbiased estimate 1 - C(n-c, k) / C(n, k) (arXiv:2107.03374, equation 1).
-        reward, completion_length (tokens before EOS), num_problems, forwards (sequences times model calls).
+        pass@k for k = 2, 4, … up to the number of completions: the unbiased estimate 1 - C(n-c, k) / C(n, k)
+        (arXiv:2107.03374, equation 1).   reward, completion_length (tokens before EOS), num_problems, forwards
+        (sequences times model calls).
     """
     found = list(complete(policy, tokenizer, prompts, grade, cfg))
     lines = [line for graded in found for line in _lines(graded, prompts)]

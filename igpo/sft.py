@@ -50,8 +50,8 @@ def noisy_examples(
     """Puts each trace on a canvas of max_completion_length tokens, EOS to its end, and masks a fraction t of it.
 
     Everything may be masked, as in a rollout; without train_on_eos_padding only the tokens up to the first EOS are
-    learned (LLaDA learns all of them: that is how it learns to stop). t = sft_epsilon + (1 - sft_epsilon) u, where
-    the u of a batch are one uniform shift of B evenly spaced points in random order: each is uniform, together they cover
+    learned (LLaDA learns all of them: that is how it learns to stop). t = sft_epsilon + (1 - sft_epsilon) u, where the
+    u of a batch are one uniform shift of B evenly spaced points in random order: each is uniform, together they cover
     [0, 1]. Weights, for B rows of n learned tokens on a canvas of L:
 
         1/t: each token with probability t, weight 1 / (t n B)         (arXiv:2502.09992, equation 5)
