@@ -63,8 +63,8 @@ class Lift:
     hinted: float
 
     @property
-    def ratio(self) -> float:
-        return self.hinted / self.plain if self.plain else float("inf")
+    def ratio(self) -> float | None:
+        return self.hinted / self.plain if self.plain else None
 
 
 @dataclass
@@ -161,6 +161,7 @@ def run_arm(
         all_wrong_before=before.all_wrong,
         all_wrong_after=after.all_wrong,
         hint_success=_hint_success(watcher.steps),
+        hint_lift=hint_lift(policy, cfg, min(LIFT_PROBLEMS, num_problems)).ratio,
         points=_points(run, watcher.steps, before, seconds),
         frames=_frames(watcher.steps[-1][1]),
     )

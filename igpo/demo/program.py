@@ -85,7 +85,7 @@ def _introduce() -> None:
 def describe(lift: Lift) -> str:
     """The hint lift in a sentence, which says so when there is none."""
     text = f"hint lift: P(correct) {lift.plain:.1%} without hints, {lift.hinted:.1%} with hints"
-    if not lift.plain:
+    if lift.ratio is None:
         return f"{text}."
     if lift.ratio < LIFT_OF_NOTE:
         return f"{text}: {lift.ratio:.2f} times, about 1. Hints do not help here, and IGPO cannot be expected to."
@@ -103,7 +103,7 @@ def run_arms(
 
             def observe(step: int, graded: Graded, metrics: Metrics) -> None:
                 screen.observe(graded, metrics)
-                advance(reward=metrics["reward"])
+                advance(reward=metrics["reward"], all_wrong=metrics["inpaint/groups_all_wrong"])
 
             cfg = arm_config(arm, options.seed, num_steps)
             out = Path(options.out)
@@ -168,13 +168,14 @@ def denoised(frame: Frame, step: int) -> Text:
 
 def table(arms: Sequence[ArmResult]) -> Table:
     found = Table(
-        "arm", "accuracy before", "after", "all-wrong groups", "after rescue", "second attempts right", "rollouts",
-        "forwards", "seconds",
+        "arm", "accuracy before", "after", "all-wrong groups", "after rescue", "second attempts right", "hint lift",
+        "rollouts", "forwards", "seconds",
     )  # fmt: skip
     for arm in arms:
         success = "" if arm.hint_success is None else f"{arm.hint_success:.1%}"
+        lift = "" if arm.hint_lift is None else f"{arm.hint_lift:.1f}"
         found.add_row(
             LABELS[arm.name], f"{arm.before:.1%}", f"{arm.after:.1%}", f"{arm.all_wrong:.1%}", f"{arm.unrescued:.1%}",
-            success, f"{arm.rollouts:,}", f"{arm.forwards:,}", f"{arm.seconds:.0f}",
+            success, lift, f"{arm.rollouts:,}", f"{arm.forwards:,}", f"{arm.seconds:.0f}",
         )  # fmt: skip
     return found

@@ -58,6 +58,7 @@ class ArmResult:
     all_wrong_before: float
     all_wrong_after: float
     hint_success: float | None
+    hint_lift: float | None
     points: tuple[Point, ...]
     frames: tuple[Frame, ...] = field(default=())
 

@@ -196,6 +196,8 @@ def test_the_program_writes_its_files(
             "rollouts",
             "forwards",
             "seconds",
+            "hint_lift",
+            "hint_success",
         } <= arm.keys()
         assert len(arm["points"]) == STEPS + 1
     assert (tmp_path / "learning.png").read_bytes().startswith(b"\x89PNG")
@@ -272,5 +274,5 @@ def test_means_have_students_intervals() -> None:
 def test_fractions_are_means_over_the_steps_and_not_over_the_start() -> None:
     point = Point(0, 0, 0, 0.0, 0.5, 0.25, 0.25)
     steps = [replace(point, step=1), replace(point, step=2, all_wrong=0.75, unrescued=0.5)]
-    arm = ArmResult("igpo", 0.1, 0.2, 0.9, 0.8, None, (point, *steps))
+    arm = ArmResult("igpo", 0.1, 0.2, 0.9, 0.8, None, None, (point, *steps))
     assert (arm.all_wrong, arm.unrescued) == (0.5, 0.375)
