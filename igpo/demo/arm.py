@@ -160,11 +160,15 @@ def run_arm(
         after=after.accuracy,
         all_wrong_before=before.all_wrong,
         all_wrong_after=after.all_wrong,
-        hint_success=_hint_success(watcher.steps),
+        hint_success=_hint_success(watcher.steps) if _denoises_again(run) else None,
         hint_lift=hint_lift(policy, cfg, min(LIFT_PROBLEMS, num_problems)).ratio,
         points=_points(run, watcher.steps, before, seconds),
         frames=_frames(watcher.steps[-1][1]),
     )
+
+
+def _denoises_again(run: Run) -> bool:
+    return isinstance(run.algorithm.explorer, InpaintingExplorer)
 
 
 def _hint_success(steps: Sequence[tuple[int, Graded, Metrics]]) -> float | None:
@@ -188,7 +192,7 @@ def _points(
         (Path(run.cfg.train.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     )
     logged = {line["step"]: line.get("eval_accuracy") for line in map(json.loads, lines)}
-    second = isinstance(run.algorithm.explorer, InpaintingExplorer)
+    second = _denoises_again(run)
     rollouts = forwards = 0
     found = []
     for step, graded, metrics in steps:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -166,16 +166,32 @@ def denoised(frame: Frame, step: int) -> Text:
     return text
 
 
+SHORT = {
+    "grpo": "GRPO",
+    "grpo_resample": "resampled",
+    "igpo": "IGPO",
+    "trace_in_group": "full trace",
+}
+
+
 def table(arms: Sequence[ArmResult]) -> Table:
-    found = Table(
-        "arm", "accuracy before", "after", "all-wrong groups", "after rescue", "second attempts right", "hint lift",
-        "rollouts", "forwards", "seconds",
-    )  # fmt: skip
-    for arm in arms:
-        success = "" if arm.hint_success is None else f"{arm.hint_success:.1%}"
-        lift = "" if arm.hint_lift is None else f"{arm.hint_lift:.1f}"
-        found.add_row(
-            LABELS[arm.name], f"{arm.before:.1%}", f"{arm.after:.1%}", f"{arm.all_wrong:.1%}", f"{arm.unrescued:.1%}",
-            success, lift, f"{arm.rollouts:,}", f"{arm.forwards:,}", f"{arm.seconds:.0f}",
-        )  # fmt: skip
+    """One column per arm: it fits 80 characters."""
+    found = Table("", *(SHORT[arm.name] for arm in arms))
+    rows: dict[str, Callable[[ArmResult], str]] = {
+        "held-out accuracy before": lambda arm: f"{arm.before:.1%}",
+        "held-out accuracy after": lambda arm: f"{arm.after:.1%}",
+        "all-wrong groups": lambda arm: f"{arm.all_wrong:.1%}",
+        "... after the rescue": lambda arm: f"{arm.unrescued:.1%}",
+        "second attempts right": lambda arm: _or_blank(arm.hint_success, ".1%"),
+        "hint lift after": lambda arm: _or_blank(arm.hint_lift, ".1f"),
+        "rollouts": lambda arm: f"{arm.rollouts:,}",
+        "forwards of rollouts": lambda arm: f"{arm.forwards:,}",
+        "seconds": lambda arm: f"{arm.seconds:.0f}",
+    }
+    for name, show in rows.items():
+        found.add_row(name, *map(show, arms))
     return found
+
+
+def _or_blank(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

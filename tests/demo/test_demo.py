@@ -97,6 +97,7 @@ def test_arms_start_from_the_same_rollouts_and_count_what_they_spend(
             assert arm.rollouts == STEPS * 16 + second
             assert arm.hint_success is not None
         else:
+            assert arm.hint_success is None
             assert arm.rollouts == STEPS * 16
             assert arm.forwards == STEPS * 16 * 12
         assert all(p.unrescued <= p.all_wrong for p in arm.points)
@@ -209,7 +210,8 @@ def test_the_program_writes_its_files(
     shown = capsys.readouterr()
     assert "hint lift: P(correct)" in shown.err
     assert "no evidence about models of 8 billion" in shown.err
-    assert "GRPO" in shown.out
+    assert "second attempts right" in shown.out  # whole, at 80 columns
+    assert max(map(len, shown.out.splitlines())) <= 80
 
 
 def test_a_terminal_sees_hints_new_tokens_and_masks_apart() -> None:
