@@ -23,7 +23,8 @@ GPU = ROOT / "kernels/gpu"
 CPU, CUDA = sorted((ROOT / "csrc").glob("*.cpp")), sorted(GPU.glob("*.cu"))
 SOURCES = [*CPU, *CUDA, *sorted([*(ROOT / "csrc").glob("*.h"), *GPU.glob("*.cuh")])]
 SHIPPED = [str(p.relative_to(ROOT)) for p in [*SOURCES, ROOT / "csrc/rules.ninja"]]
-ONCE = {"bindings", "isa", "parallel"}  # every other csrc/*.cpp is built per instruction set
+BINDINGS = {"bindings", "cuda_bindings"}
+ONCE = {*BINDINGS, "isa", "parallel"}  # every other csrc/*.cpp is built per instruction set
 ISAS = {"portable": ""}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx2"] = "-mavx2 -mfma -mf16c"
@@ -70,7 +71,7 @@ def edges(nvcc):
     stamp = rf"-DIGPO_HAS_CUDA={int(bool(nvcc))} -DIGPO_BUILD_ID=\"{build_id()}\""
     for source in CPU:
         if source.stem in ONCE:
-            yield source.stem, "cpp", source, stamp if source.stem == "bindings" else ""
+            yield source.stem, "cpp", source, stamp if source.stem in BINDINGS else ""
             continue
         for isa, flags in ISAS.items():
             yield f"{source.stem}.{isa}", "cpp", source, f"-DIGPO_ISA={isa} {flags}"

@@ -12,8 +12,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", igpo::set_isa);
   m.def("thread_runtime", igpo::thread_runtime);
 #if IGPO_HAS_CUDA
-  m.def("cuda_device_count", igpo::cuda::device_count);
-  m.def("cuda_unavailable", igpo::cuda::unavailable);
+  pybind11::module_ cuda = m.def_submodule("cuda");
+  igpo::bind::cuda(cuda);
 #endif
 
   IGPO_BIND(merge_hints);

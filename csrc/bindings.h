@@ -31,7 +31,16 @@ void kernel(pybind11::module_& m, const char* name, void (*portable)(Args...), v
   });
 }
 
+// IGPO_BIND_CUDA(kernel): the same for a CUDA kernel. The lock is kept: a launch takes microseconds.
+template <class... Args>
+void cuda_kernel(pybind11::module_& m, const char* name, void (*run)(Args...)) {
+  m.def(name, [=](typename Argument<Args>::Type... args) { run(Argument<Args>::cast(args)...); });
+}
+void cuda(pybind11::module_& m);  // csrc/cuda_bindings.cpp
+
 }  // namespace igpo::bind
+
+#define IGPO_BIND_CUDA(name) igpo::bind::cuda_kernel(m, #name, igpo::cuda::name)
 
 #if defined(__x86_64__)
 #define IGPO_BIND(name) igpo::bind::kernel(m, #name, igpo::portable::name, igpo::avx2::name, igpo::avx512::name)

@@ -24,11 +24,6 @@ Isa isa();                          // the best this processor runs, or the one 
 void set_isa(const char* name);     // for tests; throws std::invalid_argument when the processor lacks it
 const char* isa_name();
 
-namespace cuda {  // kernels/gpu/*.cu, in builds with IGPO_HAS_CUDA
-int device_count();
-const char* unavailable();  // why no CUDA kernel can run here, or ""
-}  // namespace cuda
-
 // merge_hints: out[i] = hint_mask[i] ? hints[i] : tokens[i]; generate[i] = out[i] == mask_id
 IGPO_KERNEL(merge_hints, const int64_t* tokens, const int64_t* hints, const bool* hint_mask, int64_t* out, bool* generate,
             int64_t count, int64_t mask_id, int threads)

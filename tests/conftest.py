@@ -10,9 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+if os.environ.get("IGPO_TEST_DEVICE", "cpu") == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when igpo.ops and triton are imported
+
 from igpo import config_io
 from igpo.config import Config
 from igpo.ops import OPS, _native, use_backend
+
+from gpu import DEVICE, on_backend
 
 SHARED = Path(os.environ.get("IGPO_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
@@ -30,12 +35,23 @@ def shared() -> Path:
     return SHARED
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture
+def device() -> torch.device:
+    """Where GPU backends are tested: IGPO_TEST_DEVICE, or the CPU by way of Triton's interpreter and the emulator."""
+    return DEVICE
+
+
+@pytest.fixture(params=["reference", "cpu", "triton", "cuda"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once per backend, forced."""
-    if request.param == "cpu" and _native.why_not():
-        pytest.fail(f"the CPU kernels cannot be tested: {_native.why_not()}")
-    with use_backend(request.param):
+    """Runs the test once per backend of the op its file is about, forced, with tensors made where it runs."""
+    with on_backend(request.param, request.path.stem.removeprefix("test_")):
+        yield request.param
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def gpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The same for the GPU backends alone."""
+    with on_backend(request.param, request.path.stem.removeprefix("test_")):
         yield request.param
 
 

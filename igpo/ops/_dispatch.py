@@ -9,13 +9,13 @@ or raises BackendError with its reason; nothing falls back unasked.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
-from . import _native
+from . import _native, _triton
 
 
 class BackendError(RuntimeError):
@@ -39,7 +39,7 @@ class Backend:
 
     name: str
     run: Mapping[str, Callable]
-    devices: tuple[str, ...]
+    devices: Collection[str]
     checked: str
     unavailable: Callable[[], str | None] = _never
     refuses: Callable[..., str | None] = _never
@@ -127,3 +127,14 @@ def reference(**run: Callable) -> Backend:
 def cpu(*, refuses: Callable[..., str | None] = _never, **run: Callable) -> Backend:
     """The C++ row of an op."""
     return Backend("cpu", run, ("cpu",), CHECKED_CPU, _native.why_not, refuses)
+
+
+def triton(op: str, *phases: str, refuses: Callable[..., str | None] = _never) -> Backend:
+    """The Triton row of an op: the functions of kernels/gpu/<op>.py named like the phases."""
+    run = {phase: _triton.launcher(op, phase) for phase in phases}
+    return Backend("triton", run, _triton.DEVICES, "", _triton.why_not, refuses)
+
+
+def cuda(*, refuses: Callable[..., str | None] = _never, **run: Callable) -> Backend:
+    """The CUDA row of an op."""
+    return Backend("cuda", run, _native.CUDA_DEVICES, "", _native.cuda_why_not, refuses)

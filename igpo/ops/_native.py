@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -53,3 +54,27 @@ def module() -> ModuleType:
 
 def num_threads() -> int:
     return torch.get_num_threads()
+
+
+CUDA_DEVICES = ["cuda"]  # tests add "cpu" when they run the CUDA sources on a CPU (tests/cuda)
+_cuda: ModuleType | None = getattr(_C, "cuda", None)
+
+
+@cache
+def cuda_why_not() -> str | None:
+    """None when the compiled CUDA kernels can be used, else the reason."""
+    if _reason is not None:
+        return _reason
+    if _cuda is None:
+        return "igpo._C was built without CUDA (IGPO_BUILD=cuda needs nvcc)"
+    return _cuda.unavailable() or None
+
+
+def cuda(kernel: str, device: torch.device, *args: object) -> None:
+    """Launches igpo._C.cuda.<kernel> on the current stream of `device`; tensors go as addresses, None as 0."""
+    index = device.index or 0
+    stream = torch._C._cuda_getCurrentRawStream(index) if device.type == "cuda" else 0
+    addresses = (
+        x.data_ptr() if isinstance(x, torch.Tensor) else 0 if x is None else x for x in args
+    )
+    getattr(_cuda, kernel)(*addresses, index, stream)

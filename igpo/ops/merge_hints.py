@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _check, _native
-from ._dispatch import Op, cpu, reference
+from ._dispatch import Op, cpu, cuda, reference, triton
 from ._library import register
 
 
@@ -30,7 +30,26 @@ def _cpu_forward(
     return merged, generate
 
 
-OP = Op("merge_hints", (cpu(forward=_cpu_forward), reference(forward=reference_forward)))
+def _cuda_forward(
+    tokens: Tensor, hints: Tensor, hint_mask: Tensor, mask_id: int
+) -> tuple[Tensor, Tensor]:
+    tokens, hints, hint_mask = tokens.contiguous(), hints.contiguous(), hint_mask.contiguous()
+    merged, generate = torch.empty_like(tokens), torch.empty_like(hint_mask)
+    _native.cuda(
+        "merge_hints", tokens.device, tokens, hints, hint_mask, merged, generate, tokens.numel(), mask_id
+    )  # fmt: skip
+    return merged, generate
+
+
+OP = Op(
+    "merge_hints",
+    (
+        cuda(forward=_cuda_forward),
+        triton("merge_hints", "forward"),
+        cpu(forward=_cpu_forward),
+        reference(forward=reference_forward),
+    ),
+)
 
 _op = register(
     "merge_hints(Tensor tokens, Tensor hints, Tensor hint_mask, int mask_id) -> (Tensor, Tensor)",
