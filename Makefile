@@ -26,7 +26,7 @@ check: .venv/.built
 	$(BIN)/basedpyright --level error
 
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 bench: .venv/.built
 	$(BIN)/python benchmarks/run.py
