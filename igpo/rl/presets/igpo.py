@@ -1,9 +1,7 @@
-"""Published settings, as changes to the default configuration: section -> field -> value. Every number has its source.
+"""IGPO and the diffu-GRPO it builds on.
 
 [paper] arXiv:2509.10396 (IGPO).   [igpo code] facebookresearch/igpo, 2025-12-27: run_igpo.sh over train.yaml.
 [d1 code] dllm-reasoning/d1, 2025-05-04: diffu-GRPO, arXiv:2504.12216.
-
-Left out: lora_dropout 0.05 of both codes. Dropout makes the first on-policy ratio differ from 1; there is none here.
 """
 
 from __future__ import annotations
@@ -38,7 +36,6 @@ _IGPO_RL = {
     "num_generations": 8,  # [igpo code]
     "num_iterations": 4,  # [igpo code]
     "scale_rewards": "none",  # [paper] section 3: mean only, no standard deviation
-    "likelihood": "mean_field",  # [paper]; [igpo code] d1_masking=true
     "p_mask_prompt": 0.0,  # [paper] drops d1's prompt masking
     "importance_sampling_level": "sequence",  # [igpo code] use_gspo=true
     "epsilon": 0.2,  # [igpo code] epsilon_low = epsilon_high
@@ -103,7 +100,6 @@ PRESETS: dict[str, Preset] = {
             "num_generations": 6,  # [d1 code]
             "num_iterations": 12,  # [d1 code]
             "scale_rewards": "none",  # [d1 code] mean only
-            "likelihood": "mean_field",  # [d1 code]
             "p_mask_prompt": 0.15,  # [d1 code]
             "importance_sampling_level": "token",  # [d1 code]
             "epsilon": 0.5,  # [d1 code]
