@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from . import models
 from .config import Config, ConfigError, LoraConfig, ModelConfig
 from .models import MaskedDecoder, MaskedDecoderConfig, load_model
+from .models.released import ReleasedConfig
 from .types import Policy, Seed
 
 Reference = Callable[[], AbstractContextManager[Policy]]
@@ -30,9 +31,13 @@ def load_tokenizer(cfg: ModelConfig) -> Any:
             "tokenizer_name_or_path must name a folder when model_name_or_path is none. "
             "Make a tokenizer with `igpo tokenizer`."
         )
-    if not Path(folder).is_dir():
-        raise ConfigError(f"tokenizer_name_or_path: there is no folder {folder!r}.")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = cfg.model_name_or_path
+    if model is not None and (Path(model) / "adapter_config.json").is_file():
+        model = None  # what is beside an adapter was saved complete
+    try:
+        tokenizer = models.load_tokenizer(folder, model)
+    except FileNotFoundError as error:
+        raise ConfigError(f"tokenizer_name_or_path: {error}") from error
     for name in ("mask_token", "eos_token", "pad_token"):
         if getattr(tokenizer, name) is None:
             raise ConfigError(f"tokenizer in {folder!r} must have a {name}, got none.")
@@ -81,7 +86,8 @@ def build_policy(cfg: Config, tokenizer: Any) -> Any:
         model = _merged(path, device, dtype)
     else:
         model = load_model(path, dtype=dtype, device=device)
-    _check_vocabulary(model, tokenizer)
+    _fit_vocabulary(model, tokenizer)
+    _prepare(model, cfg)
     return (_add_lora(model, cfg.lora, Seed(cfg.train.seed)) if cfg.lora.use_lora else model).eval()
 
 
@@ -119,17 +125,35 @@ def _shape(cfg: ModelConfig, tokenizer: Any) -> MaskedDecoderConfig:
     )
 
 
-def _check_vocabulary(model: Any, tokenizer: Any) -> None:
+def _prepare(model: MaskedDecoder, cfg: Config) -> None:
+    """Attention backend, activation checkpointing, frozen head. Raises ConfigError."""
+    try:
+        model.set_attn_implementation(cfg.model.attn_implementation)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if cfg.train.gradient_checkpointing:
+        # transformers 5 has renamed it
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    if cfg.model.freeze_head:
+        (model.get_output_embeddings() or model.get_input_embeddings()).requires_grad_(False)
+
+
+def _fit_vocabulary(model: MaskedDecoder, tokenizer: Any) -> None:
+    """Ids the tokenizer does not have are never drawn. Raises ConfigError when the two do not belong together."""
     if len(tokenizer) > model.config.vocab_size:
         raise ConfigError(
             f"tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}: "
             "they do not belong together."
         )
+    if model.config.mask_token_id is None:  # a public config that does not say
+        model.config.mask_token_id = tokenizer.mask_token_id
     if tokenizer.mask_token_id != model.config.mask_token_id:
         raise ConfigError(
             f"tokenizer's mask token is {tokenizer.mask_token_id}, the model's "
             f"{model.config.mask_token_id}: they do not belong together."
         )
+    model.use_vocabulary(len(tokenizer))
 
 
 def _peft() -> Any:
@@ -166,16 +190,22 @@ def _add_lora(model: MaskedDecoder, cfg: LoraConfig, seed: Seed) -> Any:
 
 
 def _targets(model: MaskedDecoder, cfg: LoraConfig) -> list[str]:
-    """Full names of the linear layers that get adapters. A target that names none is an error."""
+    """Full names of the linear layers that get adapters. A target that names none is an error.
+
+    Names of the public family are understood too (LLaDA: attn_out, ff_proj, ff_out, of which the last is not the head).
+    """
     head = model.get_output_embeddings()
     linear = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head
     ]
+    config = model.config
     chosen: list[str] = []
     for target in cfg.lora_target_modules:
-        matches = [name for name in linear if name == target or name.endswith(f".{target}")]
+        theirs = config.family.names.linear(target) if isinstance(config, ReleasedConfig) else []
+        wanted = theirs or [target]
+        matches = [name for name in linear if name in wanted or name.rpartition(".")[2] in wanted]
         if not matches:
             kinds = sorted({name.rpartition(".")[2] for name in linear})
             raise ConfigError(

@@ -81,7 +81,7 @@ class MaskedDecoderConfig(PretrainedConfig):
         self.rope_theta = rope_theta
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
-        self.mask_token_id = mask_token_id
+        self.mask_token_id: Any = mask_token_id  # None: a public config that does not say
         self.qkv_bias, self.qk_norm = qkv_bias, qk_norm
         self.rotary_dim = rotary_dim or self.head_dim
         self.rope_rounding, self.shifted, self.block_length = rope_rounding, shifted, block_length
@@ -111,11 +111,9 @@ class MaskedDecoderConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        values = copy.deepcopy(config_dict)
         # some repositories name a backend in their config; which one runs is the caller's choice
-        values.pop("attn_implementation", None)
         asked = kwargs.pop("attn_implementation", None)
-        made: Any = super().from_dict(cls._native(values), **kwargs)
+        made: Any = super().from_dict(cls._native(copy.deepcopy(config_dict)), **kwargs)
         config = made[0] if isinstance(made, tuple) else made
         config._attention = asked
         return made
@@ -123,6 +121,7 @@ class MaskedDecoderConfig(PretrainedConfig):
     @classmethod
     def _native(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Arguments of __init__ from the contents of config.json."""
+        values.pop("attn_implementation", None)
         return values
 
     def _check(self, head_dim: int | None) -> None:
