@@ -13,9 +13,9 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from . import models
-from .config import Config, ConfigError, LoraConfig, ModelConfig
+from .config import Config, ConfigError, ModelConfig
 from .models import MaskedDecoder, MaskedDecoderConfig, load_model
-from .models.released import ReleasedConfig
+from .models.adapters import add_adapters, merged
 from .types import Policy, Seed
 
 Reference = Callable[[], AbstractContextManager[Policy]]
@@ -83,12 +83,14 @@ def build_policy(cfg: Config, tokenizer: Any) -> Any:
                 f"model_name_or_path: {path!r} holds a LoRA adapter. Name its base model and give "
                 "resume_from_checkpoint to go on training it."
             )
-        model = _merged(path, device, dtype)
+        model = merged(path, dtype=dtype, device=device)
     else:
         model = load_model(path, dtype=dtype, device=device)
     _fit_vocabulary(model, tokenizer)
     _prepare(model, cfg)
-    return (_add_lora(model, cfg.lora, Seed(cfg.train.seed)) if cfg.lora.use_lora else model).eval()
+    return (
+        add_adapters(model, cfg.lora, Seed(cfg.train.seed)) if cfg.lora.use_lora else model
+    ).eval()
 
 
 def reference_of(policy: Any, cfg: Config) -> Reference | None:
@@ -154,62 +156,3 @@ def _fit_vocabulary(model: MaskedDecoder, tokenizer: Any) -> None:
             f"{model.config.mask_token_id}: they do not belong together."
         )
     model.use_vocabulary(len(tokenizer))
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise ConfigError("LoRA needs peft: pip install 'igpo[lora]'.") from error
-    return peft
-
-
-def _merged(path: str, device: torch.device, dtype: torch.dtype) -> Any:
-    peft = _peft()
-    base = peft.PeftConfig.from_pretrained(path).base_model_name_or_path
-    model = load_model(base, dtype=dtype, device=device)
-    return peft.PeftModel.from_pretrained(model, path).merge_and_unload()
-
-
-def _add_lora(model: MaskedDecoder, cfg: LoraConfig, seed: Seed) -> Any:
-    """The model with adapters: A uniform in +-1/sqrt(fan in) from the seed, B zero. The base is frozen."""
-    peft = _peft()
-    adapters = peft.LoraConfig(
-        r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=0.0, target_modules=_targets(model, cfg)
-    )  # fmt: skip
-    wrapped = peft.get_peft_model(model, adapters, autocast_adapter_dtype=False)
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_A" in name:  # peft drew it from torch's global generator
-                bound = parameter.shape[1] ** -0.5
-                draws = (
-                    seed.named(f"lora/{name}").generator().uniform(-bound, bound, parameter.shape)
-                )
-                parameter.copy_(torch.from_numpy(draws))
-    return wrapped
-
-
-def _targets(model: MaskedDecoder, cfg: LoraConfig) -> list[str]:
-    """Full names of the linear layers that get adapters. A target that names none is an error.
-
-    Names of the public family are understood too (LLaDA: attn_out, ff_proj, ff_out, of which the last is not the head).
-    """
-    head = model.get_output_embeddings()
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    ]
-    config = model.config
-    chosen: list[str] = []
-    for target in cfg.lora_target_modules:
-        theirs = config.family.names.linear(target) if isinstance(config, ReleasedConfig) else []
-        wanted = theirs or [target]
-        matches = [name for name in linear if name in wanted or name.rpartition(".")[2] in wanted]
-        if not matches:
-            kinds = sorted({name.rpartition(".")[2] for name in linear})
-            raise ConfigError(
-                f"lora_target_modules: {target!r} matches no linear layer. There are: {', '.join(kinds)}."
-            )
-        chosen += matches
-    return sorted(set(chosen)) if cfg.lora_target_modules else linear

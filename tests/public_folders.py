@@ -66,5 +66,10 @@ def dream_folder(folder: Path) -> Path:
     return folder
 
 
+def ascii_share(prompts: list[str], completions: list[str], **_: object) -> list[float]:
+    """A reward that random models get different amounts of: the share of characters that are ASCII."""
+    return [sum(c.isascii() for c in text) / max(1, len(text)) for text in completions]
+
+
 def _bytes() -> list[str]:
     return sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import pytest
 import torch
 from public_configs import describe
 from public_folders import ROWS, dream_folder, llada_folder
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from igpo import evaluate, train
 from igpo.config import Config, ConfigError, EvalOptions
 from igpo.models import load_model, load_tokenizer
+from igpo.models.storage import table_of
 from igpo.ops._head import head_logits
 from igpo.policy import build_policy
 from igpo.policy import load_tokenizer as program_tokenizer
@@ -30,7 +32,11 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 @pytest.fixture
 def public(tiny: Callable[..., Config], folder: Path) -> Callable[..., Config]:
     return lambda *overrides: tiny(
-        f"model_name_or_path={folder}", "tokenizer_name_or_path=none", "max_steps=2", *overrides
+        f"model_name_or_path={folder}",
+        "tokenizer_name_or_path=none",
+        "max_steps=2",
+        "reward_funcs=public_folders:ascii_share",
+        *overrides,
     )
 
 
@@ -62,7 +68,7 @@ def test_training_writes_the_layout_it_read(folder: Path, public: Callable[..., 
         load_file(written / "model.safetensors"),
     )
     assert before.keys() == after.keys()
-    assert not all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(torch.equal(before[name], after[name]) for name in before)
     configs = [json.loads((place / "config.json").read_text()) for place in (folder, written)]
     assert configs[0] == configs[1]
     again = public(f"model_name_or_path={written}", f"eval_file={cfg.data.train_file}")
@@ -176,3 +182,44 @@ def test_activation_checkpointing_recomputes_in_eval_mode(public: Callable[..., 
     (plain, two), (again, three) = found
     assert (two, three) == (2, 3)
     assert all(map(torch.equal, plain, again))
+
+
+def test_adapters_of_the_public_code_are_understood(
+    folder: Path, public: Callable[..., Config], tmp_path: Path
+) -> None:
+    """The same adapter under our keys and under those of the public class; a key without a place is an error."""
+    cfg = public("use_lora=true", "lora_r=2", "max_steps=1", "rl.num_iterations=2")
+    train.run(cfg)
+    ours = Path(cfg.train.output_dir) / "checkpoint-1"
+    theirs = tmp_path / "theirs"
+    shutil.copytree(ours, theirs)
+    weights = load_file(ours / "adapter_model.safetensors")
+    names = {
+        pieces[0].name.removesuffix("weight"): released.removesuffix("weight")
+        for released, pieces in table_of(load_model(folder)).items()
+    }
+
+    def renamed(key: str) -> str:
+        module, _, rest = key.removeprefix("base_model.model.").partition("lora_")
+        return f"base_model.model.{names[module]}lora_{rest}"
+
+    save_file({renamed(k): v for k, v in weights.items()}, theirs / "adapter_model.safetensors")
+    one, two = (
+        build_policy(c, program_tokenizer(c.model))
+        for c in (public(f"model_name_or_path={place}") for place in (ours, theirs))
+    )
+    base = load_model(folder)
+    moved = 0
+    for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+        moved += not torch.equal(a, base.state_dict()[name])
+    assert moved == 14
+    weights["base_model.model.nowhere.lora_A.weight"] = torch.ones(2, 64)
+    save_file(weights, theirs / "adapter_model.safetensors")
+    lost = public(f"model_name_or_path={theirs}")
+    with pytest.raises(ConfigError, match="must fit the model, got tensors for nowhere"):
+        build_policy(lost, program_tokenizer(lost.model))
+    del weights["base_model.model.nowhere.lora_A.weight"], weights[next(iter(weights))]
+    save_file(weights, theirs / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match="the adapter must be complete"):
+        build_policy(lost, program_tokenizer(lost.model))
