@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from igpo.models import MaskedDecoder, load_model
+from igpo.models.families import FAMILIES
 from igpo.models.loading import CLASSES
 
 TOKENS = torch.arange(24).reshape(2, 12) * 5 % 120
@@ -246,3 +247,11 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         load_model(tmp_path)
     with pytest.raises(ValueError, match="max_shard_size must be bytes or like '5GB'"):
         model.save_pretrained(tmp_path, max_shard_size="5 gigs")
+
+
+def test_the_documentation_lists_every_family_and_its_ids() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    for family in FAMILIES:
+        assert f"| {family.model_type} / {family.architecture} |" in text
+        for token in (*map(str, family.ids.values()), f"`{family.turn_end}`".replace("|", "\\|")):
+            assert token in text, token
