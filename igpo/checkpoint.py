@@ -33,7 +33,7 @@ FREE = {
     "train.output_dir", "train.max_steps", "train.logging_steps", "train.save_steps", "train.save_total_limit",
     "train.eval_steps", "train.resume_from_checkpoint", "train.report_to", "train.log_completions",
     "train.num_threads", "train.per_device_train_batch_size", "rollout.rollout_batch_size",
-    "data.train_file", "data.eval_file", "model.device",
+    "data.train_file", "data.eval_file", "model.device", "model.attn_implementation", "train.gradient_checkpointing",
 }  # fmt: skip
 FREE_SECTIONS = ("evaluation.",)
 

@@ -16,7 +16,7 @@ class ConfigError(ValueError):
 @dataclass(frozen=True)
 class ModelConfig:
     model_name_or_path: str | None = (
-        None  # a folder written by save_pretrained; None: built from the fields below
+        None  # a folder or hub id (docs/models.md); None: built from the fields below
     )
     tokenizer_name_or_path: str | None = None  # None: the model's folder
     hidden_size: int = 128
@@ -25,6 +25,8 @@ class ModelConfig:
     intermediate_size: int = 344
     dtype: str = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
     device: str = "auto"  # auto: cuda when there is one
+    attn_implementation: str = "sdpa"  # or flex_attention, flash_attention_2
+    freeze_head: bool = False  # the LM head (with tied weights: the embedding) is not trained
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ class TrainConfig:
     adam_epsilon: float = 1e-8
     weight_decay: float = 0.1
     max_grad_norm: float = 0.2
+    gradient_checkpointing: bool = False  # keep the input of each layer alone, compute it again
     logging_steps: int = 1
     save_steps: int = 100
     save_total_limit: int | None = None

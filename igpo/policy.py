@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from .config import Config, ConfigError, LoraConfig, ModelConfig
+from . import models
+from .config import Config, ConfigError, ModelConfig
 from .models import MaskedDecoder, MaskedDecoderConfig, load_model
+from .models.adapters import add_adapters, merged
 from .types import Policy, Seed
 
 Reference = Callable[[], AbstractContextManager[Policy]]
@@ -30,9 +31,13 @@ def load_tokenizer(cfg: ModelConfig) -> Any:
             "tokenizer_name_or_path must name a folder when model_name_or_path is none. "
             "Make a tokenizer with `igpo tokenizer`."
         )
-    if not Path(folder).is_dir():
-        raise ConfigError(f"tokenizer_name_or_path: there is no folder {folder!r}.")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = cfg.model_name_or_path
+    if model is not None and (Path(model) / "adapter_config.json").is_file():
+        model = None  # what is beside an adapter was saved complete
+    try:
+        tokenizer = models.load_tokenizer(folder, model)
+    except FileNotFoundError as error:
+        raise ConfigError(f"tokenizer_name_or_path: {error}") from error
     for name in ("mask_token", "eos_token", "pad_token"):
         if getattr(tokenizer, name) is None:
             raise ConfigError(f"tokenizer in {folder!r} must have a {name}, got none.")
@@ -78,11 +83,14 @@ def build_policy(cfg: Config, tokenizer: Any) -> Any:
                 f"model_name_or_path: {path!r} holds a LoRA adapter. Name its base model and give "
                 "resume_from_checkpoint to go on training it."
             )
-        model = _merged(path, device, dtype)
+        model = merged(path, dtype=dtype, device=device)
     else:
         model = load_model(path, dtype=dtype, device=device)
-    _check_vocabulary(model, tokenizer)
-    return (_add_lora(model, cfg.lora, Seed(cfg.train.seed)) if cfg.lora.use_lora else model).eval()
+    _fit_vocabulary(model, tokenizer)
+    _prepare(model, cfg)
+    return (
+        add_adapters(model, cfg.lora, Seed(cfg.train.seed)) if cfg.lora.use_lora else model
+    ).eval()
 
 
 def reference_of(policy: Any, cfg: Config) -> Reference:
@@ -117,67 +125,32 @@ def _shape(cfg: ModelConfig, tokenizer: Any) -> MaskedDecoderConfig:
     )
 
 
-def _check_vocabulary(model: Any, tokenizer: Any) -> None:
+def _prepare(model: MaskedDecoder, cfg: Config) -> None:
+    """Attention backend, activation checkpointing, frozen head. Raises ConfigError."""
+    try:
+        model.set_attn_implementation(cfg.model.attn_implementation)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if cfg.train.gradient_checkpointing:
+        # transformers 5 has renamed it
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    if cfg.model.freeze_head:
+        (model.get_output_embeddings() or model.get_input_embeddings()).requires_grad_(False)
+
+
+def _fit_vocabulary(model: MaskedDecoder, tokenizer: Any) -> None:
+    """Ids the tokenizer does not have are never drawn. Raises ConfigError when the two do not belong together."""
     if len(tokenizer) > model.config.vocab_size:
         raise ConfigError(
             f"tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}: "
             "they do not belong together."
         )
+    if model.config.mask_token_id is None:  # a public config that does not say
+        model.config.mask_token_id = tokenizer.mask_token_id
     if tokenizer.mask_token_id != model.config.mask_token_id:
         raise ConfigError(
             f"tokenizer's mask token is {tokenizer.mask_token_id}, the model's "
             f"{model.config.mask_token_id}: they do not belong together."
         )
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise ConfigError("LoRA needs peft: pip install 'igpo[lora]'.") from error
-    return peft
-
-
-def _merged(path: str, device: torch.device, dtype: torch.dtype) -> Any:
-    peft = _peft()
-    base = peft.PeftConfig.from_pretrained(path).base_model_name_or_path
-    model = load_model(base, dtype=dtype, device=device)
-    return peft.PeftModel.from_pretrained(model, path).merge_and_unload()
-
-
-def _add_lora(model: MaskedDecoder, cfg: LoraConfig, seed: Seed) -> Any:
-    """The model with adapters: A uniform in +-1/sqrt(fan in) from the seed, B zero. The base is frozen."""
-    peft = _peft()
-    adapters = peft.LoraConfig(
-        r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=0.0, target_modules=_targets(model, cfg)
-    )  # fmt: skip
-    wrapped = peft.get_peft_model(model, adapters, autocast_adapter_dtype=False)
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_A" in name:  # peft drew it from torch's global generator
-                bound = parameter.shape[1] ** -0.5
-                draws = (
-                    seed.named(f"lora/{name}").generator().uniform(-bound, bound, parameter.shape)
-                )
-                parameter.copy_(torch.from_numpy(draws))
-    return wrapped
-
-
-def _targets(model: MaskedDecoder, cfg: LoraConfig) -> list[str]:
-    """Full names of the linear layers that get adapters. A target that names none is an error."""
-    head = model.get_output_embeddings()
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    ]
-    chosen: list[str] = []
-    for target in cfg.lora_target_modules:
-        matches = [name for name in linear if name == target or name.endswith(f".{target}")]
-        if not matches:
-            kinds = sorted({name.rpartition(".")[2] for name in linear})
-            raise ConfigError(
-                f"lora_target_modules: {target!r} matches no linear layer. There are: {', '.join(kinds)}."
-            )
-        chosen += matches
-    return sorted(set(chosen)) if cfg.lora_target_modules else linear
+    model.use_vocabulary(len(tokenizer))

@@ -138,7 +138,7 @@ def test_the_reference_stays_where_the_policy_began(
 def test_a_tokenizer_is_needed_and_must_be_complete(tmp_path: Path, problems: Path) -> None:
     with pytest.raises(ConfigError, match="tokenizer_name_or_path must name a folder when"):
         load_tokenizer(ModelConfig())
-    with pytest.raises(ConfigError, match="there is no folder 'nowhere'"):
+    with pytest.raises(ConfigError, match="got 'nowhere': there is no such folder"):
         load_tokenizer(ModelConfig(tokenizer_name_or_path="nowhere"))
     tokenizer = load_tokenizer(ModelConfig(tokenizer_name_or_path=str(problems)))
     tokenizer.eos_token = None

@@ -3,122 +3,62 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from igpo.ops._head import head_logits
 from igpo.types import Seed
 
+from . import storage
+from .attention import Attention, RMSNorm, Rotation, rotation, why_not
+from .cache import KVCache
 from .decoder_config import MaskedDecoderConfig
-
-
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight; the mean in float32."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(_at_least_float32(x.dtype))
-        return self.weight * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype)
-
-
-def rotary_table(
-    position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """cos and sin, (B, 1, T, head_dim / 2), of position * theta^(-2i/head_dim).
-
-    Built anew each forward: no buffer that a cast to bfloat16 or a load from meta could spoil.
-    """
-    dtype = _at_least_float32(dtype)
-    channel = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=dtype)
-    angles = position_ids[:, None, :, None].to(dtype) * theta ** (-channel / head_dim)
-    return angles.cos(), angles.sin()
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Channels i and i + d/2 are the plane that turns by angle i."""
-    low, high = x.to(cos.dtype).chunk(2, dim=-1)
-    turned = (
-        torch.addcmul(low * cos, high, sin, value=-1),
-        torch.addcmul(high * cos, low, sin),
-    )
-    return torch.cat(turned, dim=-1).to(x.dtype)
-
-
-class Attention(nn.Module):
-    def __init__(self, config: MaskedDecoderConfig) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        self.grouped = config.num_key_value_heads != config.num_attention_heads
-        queries = config.num_attention_heads * config.head_dim
-        keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor | None) -> Tensor:
-        query, key, value = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        mixed = F.scaled_dot_product_attention(
-            _rotate(query, cos, sin), _rotate(key, cos, sin), value, attn_mask=visible, enable_gqa=self.grouped
-        )  # fmt: skip
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
-
-
-class SwiGLU(nn.Module):
-    def __init__(self, config: MaskedDecoderConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+from .inputs import Inputs, aligned, last_real, read_inputs
+from .layout import MIN_ROWS, Plan
+from .moe import MixtureOfExperts, SwiGLU
+from .weights import as_bytes
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    def __init__(self, config: MaskedDecoderConfig) -> None:
+    def __init__(self, config: MaskedDecoderConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SwiGLU(config)
+        dense = layer < config.first_dense_layers
+        self.mlp = SwiGLU(config) if dense else MixtureOfExperts(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, visible)
+    def forward(self, x: Tensor, positions: Rotation, plan: Plan) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), positions, plan)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 @dataclass
 class DecoderOutput(ModelOutput):
-    """logits: (B, T, V), (N, V) or None, as logits_to_keep asked; float32.   last_hidden_state: (B, T, D)."""
+    """logits: (B, T, V), (N, V) or None, as logits_to_keep asked; float32.   last_hidden_state: (B, T, D).
+
+    Rows are those of the released code: of a shifted model (config.shifted), row i predicts token i + 1.
+    """
 
     logits: Tensor | None = None
     last_hidden_state: Tensor | None = None
 
 
 class MaskedDecoder(PreTrainedModel):
-    """The native policy (igpo.types.Policy): row i of the output predicts token i.
+    """The native policy (igpo.types.Policy): row i of `hidden`, through the head, predicts token i.
 
     `MaskedDecoder.from_seed(config, seed)` makes one with reproducible weights; `MaskedDecoder(config)` draws them from
-    torch's global generator, as every torch module does.
+    torch's global generator, as every torch module does. `load_model` reads a saved or public one.
     """
 
+    config: MaskedDecoderConfig  # type: ignore[assignment]
     config_class = MaskedDecoderConfig
     base_model_prefix = ""  # the model is its own base: checkpoints hold one set of names
     main_input_name = "input_ids"
@@ -128,13 +68,15 @@ class MaskedDecoder(PreTrainedModel):
 
     def __init__(self, config: MaskedDecoderConfig) -> None:
         super().__init__(config)
-        if config.mask_token_id is None:
+        if config.mask_token_id is None and config.released is None:
             raise ValueError(
                 "MaskedDecoder: config.mask_token_id must be set, got None. "
                 "Use the id of the tokenizer's mask token."
             )
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         # a tied head has no module: there is one matrix, under one name, in memory and in the file
         self.lm_head = (
@@ -142,6 +84,8 @@ class MaskedDecoder(PreTrainedModel):
             if config.tie_word_embeddings
             else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
+        self.vocabulary_in_use = config.vocab_size
+        self.attention = "sdpa"
         self.post_init()
 
     @classmethod
@@ -149,7 +93,7 @@ class MaskedDecoder(PreTrainedModel):
         """A float32 model on the CPU whose weights depend on (config, seed) only.
 
         Matrices are normal with std initializer_range, those that write into the residual stream
-        divided by sqrt(2 * layers) (GPT-2); norms are one. Global random state is left alone.
+        divided by sqrt(2 * layers) (GPT-2); norms are one, biases zero. Global random state is left alone.
         """
         stream = (Seed(seed) if isinstance(seed, int) else seed).named("init")
         with torch.device("meta"):
@@ -157,16 +101,39 @@ class MaskedDecoder(PreTrainedModel):
         model = model.to_empty(device="cpu")
         residual = (2 * config.num_hidden_layers) ** -0.5
         with torch.no_grad():
+            for buffer in model.buffers():
+                buffer.zero_()
             for name, parameter in model.named_parameters():
                 if parameter.dim() == 1:
-                    parameter.fill_(1.0)
+                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                     continue
                 std = config.initializer_range
-                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                if name.removesuffix(".weight").endswith(("o_proj", "down_proj")):
                     std *= residual
                 draws = stream.named(name).generator().standard_normal(parameter.shape, "float32")
                 parameter.copy_(torch.from_numpy(draws).mul_(std))
         return model
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As transformers', for its Auto classes: safetensors only, streamed, and complete or refused.
+
+        Takes config, dtype (or torch_dtype; "auto" is None), device, attn_implementation, and revision, cache_dir,
+        token, local_files_only for a hub id. igpo.models.load_model is the same, typed.
+        """
+        return storage.load(cls, pretrained_model_name_or_path, *args, **kwargs)
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, *, max_shard_size: int | str = "5GB", **kwargs: Any
+    ) -> None:
+        """Writes config.json and safetensors files; a public checkpoint gets back the names and keys it came with."""
+        if kwargs:
+            raise TypeError(
+                f"save_pretrained: takes max_shard_size alone, got {', '.join(kwargs)}."
+            )
+        storage.save(self, Path(save_directory), as_bytes(max_shard_size))
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
@@ -180,59 +147,97 @@ class MaskedDecoder(PreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
+    def set_attn_implementation(self, attn_implementation: str, *args: Any, **kwargs: Any) -> None:
+        """The attention backend: sdpa, flex_attention or flash_attention_2. Raises ValueError, with the reason."""
+        reason = why_not(attn_implementation, self.config)
+        if reason is not None:
+            raise ValueError(
+                f"attn_implementation={attn_implementation!r} cannot be used: {reason}."
+            )
+        self.attention = attn_implementation
+
     @property
     def head_weight(self) -> Tensor:
-        """(V, D): logits = hidden @ head_weight.T."""
-        return (self.embed_tokens if self.lm_head is None else self.lm_head).weight
+        """(V, D): logits = hidden @ head_weight.T, over the part of the vocabulary in use."""
+        weight = (self.embed_tokens if self.lm_head is None else self.lm_head).weight
+        return weight if len(weight) == self.vocabulary_in_use else weight[: self.vocabulary_in_use]
 
     @property
     def head_bias(self) -> None:
         return None
+
+    def use_vocabulary(self, size: int) -> None:
+        """Restricts head_weight to the first `size` rows.
+
+        Public checkpoints have more rows than their tokenizer has tokens: padding of the matrix, or image codes
+        (MMaDA). They must not be drawn, nor enter the probabilities of those that are.
+        """
+        if not 0 < size <= self.config.vocab_size:
+            raise ValueError(
+                f"use_vocabulary: size must be in [1, {self.config.vocab_size}], got {size}."
+            )
+        self.vocabulary_in_use = size
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """Room for `capacity` tokens of `batch` sequences, for `hidden`."""
+        return KVCache(self.config, batch, capacity, dtype=self.dtype, device=self.device)
 
     def hidden(
         self,
         tokens: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        store: bool = False,
     ) -> Tensor:
         """The final hidden states, after the last norm: row i, through the head, predicts token i.
 
         Args:
             tokens: (B, T) int64.
             attention_mask: (B, T), True or 1 on real tokens; padding is never attended to. None: all real.
-            position_ids: (B, T) int64. None: how many real tokens stand before this one.
+                Or (B | 1, 1, T, T) bool, True where a query may see a key; it replaces the model's own block mask.
+            position_ids: (B, T) int64; blocks of a block-causal model are position_ids // block_length. None: 0..T-1.
+            cache: keys and values of tokens before these, which see them too. Only without gradients.
+            store: put these tokens into the cache as well; otherwise they leave it as it was.
         Returns:
             (B, T, D) in the model's dtype. Rows on padding are finite and mean nothing.
         Raises:
-            ValueError: shapes disagree.
+            ValueError: shapes disagree, or the attention backend cannot do it.
         """
-        self._check(tokens, attention_mask, position_ids)
-        if attention_mask is None:
-            real, visible = torch.ones_like(tokens, dtype=torch.bool), None
-        else:
-            real = attention_mask.bool()
-            # a sequence of padding only sees itself: softmax over no key at all would be NaN
-            visible = (real | ~real.any(-1, keepdim=True))[:, None, None, :]
-        if position_ids is None:
-            position_ids = (real.cumsum(-1) - 1).clamp_min(0)
-        x = self.embed_tokens(tokens)
-        cos, sin = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
-        for layer in self.layers:
-            x = layer(x, cos, sin, visible)
-        return self.norm(x)
+        inputs, states = self._states(tokens, attention_mask, position_ids, cache)
+        before = None if cache is None else cache.last
+        if cache is not None and store:
+            blocks = torch.zeros_like(tokens) if inputs.blocks is None else inputs.blocks
+            cache.advance(inputs.real, blocks)
+            last = last_real(inputs.real)[:, -1:, None].expand(-1, -1, states.shape[-1])
+            cache.last = states.gather(1, last)[:, 0]
+        return aligned(states, inputs.real, before) if self.config.shifted else states
 
-    @staticmethod
-    def _check(tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
-        if tokens.dim() != 2:
-            raise ValueError(
-                f"MaskedDecoder: tokens must have shape (B, T), got shape {tuple(tokens.shape)}."
-            )
-        for name, value in (("attention_mask", attention_mask), ("position_ids", position_ids)):
-            if value is not None and value.shape != tokens.shape:
-                raise ValueError(
-                    f"MaskedDecoder: {name} must have the shape of tokens, {tuple(tokens.shape)}, "
-                    f"got shape {tuple(value.shape)}."
-                )
+    def _states(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: KVCache | None = None,
+    ) -> tuple[Inputs, Tensor]:
+        """The final hidden states, in the rows of the released code."""
+        inputs = read_inputs(
+            tokens, attention_mask, position_ids,
+            backend=self.attention, block_length=self.config.block_length, cache=cache,
+        )  # fmt: skip
+        plan = inputs.plan
+        x = plan.pack(self.embed_tokens(inputs.tokens))
+        positions = rotation(plan.pack(inputs.positions), self.config, x.dtype)
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            # transformers recomputes layers in train mode only; our programs never leave eval mode
+            if layer.gradient_checkpointing and not layer.training and torch.is_grad_enabled():
+                recompute: Any = layer._gradient_checkpointing_func
+                x = recompute(layer, x, positions, plan)
+            else:
+                x = layer(x, positions, plan)
+        return inputs, plan.unpack(self.norm(x))
 
     def forward(
         self,
@@ -241,30 +246,36 @@ class MaskedDecoder(PreTrainedModel):
         position_ids: Tensor | None = None,
         logits_to_keep: Tensor | bool = True,
     ) -> DecoderOutput:
-        """Hidden states, and logits of the positions asked for.
+        """Hidden states, and logits of the positions asked for, in the rows of the released code.
 
         Args:
             input_ids, attention_mask, position_ids: as `hidden`.
             logits_to_keep: True, every position; False, none; or a (B, T) bool mask of N positions, read row by row.
         Returns:
             logits (B, T, V), None or (N, V), float32 (float64 of a float64 model); last_hidden_state (B, T, D).
+            Of a shifted model (config.shifted), row i predicts token i + 1; `hidden` has the row that predicts token i.
         Raises:
             ValueError: shapes disagree.
         """
-        hidden = self.hidden(input_ids, attention_mask, position_ids)
+        _, states = self._states(input_ids, attention_mask, position_ids)
         if logits_to_keep is False:
-            return DecoderOutput(last_hidden_state=hidden)
-        rows = hidden
+            return DecoderOutput(last_hidden_state=states)
+        rows = states
         if isinstance(logits_to_keep, Tensor):
             if logits_to_keep.dtype != torch.bool or logits_to_keep.shape != input_ids.shape:
                 raise ValueError(
                     f"MaskedDecoder: logits_to_keep must be a bool or a bool tensor of shape {tuple(input_ids.shape)}, "
                     f"got shape {tuple(logits_to_keep.shape)}, {logits_to_keep.dtype}."
                 )
-            rows = hidden[logits_to_keep]
-        return DecoderOutput(logits=head_logits(rows, self.head_weight), last_hidden_state=hidden)
+            rows = states[logits_to_keep]
+        return DecoderOutput(logits=self._logits(rows), last_hidden_state=states)
 
-
-AutoConfig.register(MaskedDecoderConfig.model_type, MaskedDecoderConfig, exist_ok=True)
-AutoModel.register(MaskedDecoderConfig, MaskedDecoder, exist_ok=True)
-AutoModelForMaskedLM.register(MaskedDecoderConfig, MaskedDecoder, exist_ok=True)
+    def _logits(self, rows: Tensor) -> Tensor:
+        """(…, D) -> (…, V), over the whole vocabulary."""
+        weight = (self.embed_tokens if self.lm_head is None else self.lm_head).weight
+        flat = rows.flatten(0, -2)
+        missing = MIN_ROWS - len(flat)
+        if rows.device.type != "cpu" or missing <= 0 or not len(flat):
+            return head_logits(rows, weight)
+        padded = F.pad(flat, (0, 0, 0, missing))  # see MIN_ROWS
+        return head_logits(padded, weight)[: len(flat)].unflatten(0, rows.shape[:-1])

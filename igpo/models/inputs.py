@@ -1,0 +1,110 @@
+"""What a call of the decoder is about: checked inputs, their positions and blocks, and the plan to compute them by."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .cache import KVCache
+from .layout import MIN_ROWS, Cached, Dense, FlashVarlen, Flex, Packed, Plan
+
+
+class Inputs(NamedTuple):
+    """tokens, positions: (B, T) int64.   real: (B, T) bool.   blocks: (B, T) int64, None with full attention."""
+
+    tokens: Tensor
+    real: Tensor
+    positions: Tensor
+    blocks: Tensor | None
+    plan: Plan
+
+
+def read_inputs(
+    tokens: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    *,
+    backend: str,
+    block_length: int | None,
+    cache: KVCache | None,
+) -> Inputs:
+    """See MaskedDecoder.hidden. Raises ValueError."""
+    _check(tokens, attention_mask, position_ids)
+    if position_ids is None:
+        position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    blocks = None
+    if block_length is not None:
+        blocks = position_ids.div(block_length, rounding_mode="floor")
+    if attention_mask is not None and attention_mask.dim() == 4:
+        if backend != "sdpa" or cache is not None:
+            raise ValueError(
+                "MaskedDecoder: a mask of queries and keys needs attn_implementation='sdpa' and no cache, got "
+                f"{backend!r}{'' if cache is None else ' and a cache'}."
+            )
+        # a query that may see nothing sees everything: softmax over no key at all would be NaN
+        plan: Plan = Dense(attention_mask | ~attention_mask.any(-1, keepdim=True))
+        return Inputs(tokens, torch.ones_like(tokens, dtype=torch.bool), position_ids, blocks, plan)
+    mask = None if attention_mask is None else attention_mask.bool()
+    plan = _plan(tokens, mask, blocks, backend, cache)
+    real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    return Inputs(tokens, real, position_ids, blocks, plan)
+
+
+def _plan(
+    tokens: Tensor, mask: Tensor | None, blocks: Tensor | None, backend: str, cache: KVCache | None
+) -> Plan:
+    real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    if cache is not None:
+        return Cached(cache, real, blocks)
+    if backend == "flash_attention_2":
+        return FlashVarlen(real)
+    if backend == "flex_attention":
+        return Flex(mask, blocks, tokens.shape)
+    padded = mask is not None and tokens.device.type == "cpu" and not bool(mask.all())
+    if padded or (tokens.device.type == "cpu" and tokens.numel() < MIN_ROWS):
+        return Packed(real, blocks, MIN_ROWS)
+    return Dense.of(mask, blocks)
+
+
+def last_real(real: Tensor) -> Tensor:
+    """(B, T) int64: the last real column up to and including this one; 0 where there is none."""
+    columns = torch.arange(real.shape[1], device=real.device)
+    return torch.where(real, columns, 0).cummax(1).values
+
+
+def aligned(states: Tensor, real: Tensor, before: Tensor | None) -> Tensor:
+    """Shifted rows moved so that row i predicts token i: the state of the real token before it.
+
+    The first real token gets `before`, the state of the last cached token (B, D), else its own (as Dream's code does).
+    """
+    columns = torch.arange(real.shape[1], device=real.device).expand_as(real)
+    previous = torch.cat((columns[:, :1], last_real(real)[:, :-1]), 1)
+    first = real.cumsum(1) <= real.long()  # no real token stands before
+    source = torch.where(first, columns, previous)
+    moved = states.gather(1, source[..., None].expand_as(states))
+    return moved if before is None else torch.where(first[..., None], before[:, None], moved)
+
+
+def _check(tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
+    if tokens.dim() != 2:
+        raise ValueError(
+            f"MaskedDecoder: tokens must have shape (B, T), got shape {tuple(tokens.shape)}."
+        )
+    size, length = tokens.shape
+    if attention_mask is not None and attention_mask.dim() == 4:
+        rows, heads, *square = attention_mask.shape
+        fits = rows in (1, size) and heads == 1 and square == [length, length]
+        if not fits or attention_mask.dtype != torch.bool:
+            raise ValueError(
+                f"MaskedDecoder: a 4-D attention_mask must be bool of shape ({size} or 1, 1, {length}, {length}), got "
+                f"{attention_mask.dtype}, shape {tuple(attention_mask.shape)}."
+            )
+        attention_mask = None
+    for name, value in (("attention_mask", attention_mask), ("position_ids", position_ids)):
+        if value is not None and value.shape != tokens.shape:
+            raise ValueError(
+                f"MaskedDecoder: {name} must have the shape of tokens, {tuple(tokens.shape)}, "
+                f"got shape {tuple(value.shape)}."
+            )

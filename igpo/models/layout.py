@@ -1,0 +1,193 @@
+"""How the tokens of a batch lie in memory, and which of them see each other: one plan per attention backend.
+
+pack(x)           (B, T, …) -> what the layers compute on: the same, or (1, N, …) without the padding
+attend(i, q, k, v)  (., H, ., d) of layer i -> the same shape
+unpack(x)         back to (B, T, …)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .cache import KVCache
+
+# MKL multiplies a handful of rows by other kernels than many, and so rounds otherwise. From 16 rows on, a row's product
+# in float32 is the same bits in any company (one thread; measured for K in {16 … 4096}, torch 2.13, Xeon AVX-512).
+MIN_ROWS = 16
+
+
+class Plan(Protocol):
+    def pack(self, x: Tensor) -> Tensor: ...
+    def unpack(self, x: Tensor) -> Tensor: ...
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=grouped)
+
+
+def block_visible(blocks: Tensor, query_blocks: Tensor | None = None) -> Tensor:
+    """(B, S) block of each key, (B, T) of each query -> (B, 1, T, S) bool: blocks see themselves and those before."""
+    queries = blocks if query_blocks is None else query_blocks
+    return blocks[:, None, None, :] <= queries[:, None, :, None]
+
+
+class Dense:
+    """Padding is computed with and hidden by the mask."""
+
+    def __init__(self, visible: Tensor | None) -> None:
+        self.visible = visible
+
+    @classmethod
+    def of(cls, real: Tensor | None, blocks: Tensor | None) -> Dense:
+        if blocks is None:
+            if real is None:
+                return cls(None)
+            # a sequence of padding only sees itself: softmax over no key at all would be NaN
+            return cls((real | ~real.any(-1, keepdim=True))[:, None, None, :])
+        visible = block_visible(blocks)
+        if real is not None:
+            itself = torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
+            visible = visible & real[:, None, None, :] | itself
+        return cls(visible)
+
+    def pack(self, x: Tensor) -> Tensor:
+        return x
+
+    unpack = pack
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return sdpa(query, key, value, self.visible)
+
+
+class Packed:
+    """Padding is left out: the real tokens of all sequences stand one after the other, and each sequence attends alone.
+
+    What comes out for a sequence does not depend on its padding or its company, to the last bit where a product of
+    MIN_ROWS rows does not; `filler` rows of zeros see to that in small batches.
+    """
+
+    def __init__(self, real: Tensor, blocks: Tensor | None, min_rows: int = 0) -> None:
+        self.shape = real.shape
+        self.index = real.flatten().nonzero().squeeze(1)
+        self.lengths: list[int] = real.sum(1).tolist()
+        self.filler = max(0, min_rows - len(self.index))
+        self.blocks = None if blocks is None else self.pack(blocks)[0]
+
+    def pack(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)[self.index]
+        if self.filler:
+            rows = torch.cat((rows, rows.new_zeros(self.filler, *rows.shape[1:])))
+        return rows[None]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        result = x.new_zeros(self.shape.numel(), *x.shape[2:])
+        return result.index_copy(0, self.index, x[0, : len(self.index)]).unflatten(0, self.shape)
+
+    def runs(self) -> list[tuple[int, int, int]]:
+        """(start, count, length) of sequences of equal length that stand side by side."""
+        lengths, runs, start = [*self.lengths, self.filler], [], 0
+        for length, run in groupby(lengths):
+            count = len(list(run))
+            if length:
+                runs.append((start, count, length))
+            start += count * length
+        return runs
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        mixed = []
+        for start, count, length in self.runs():
+            here = slice(start, start + count * length)
+            parts = [
+                x[0, :, here].unflatten(1, (count, length)).transpose(0, 1)
+                for x in (query, key, value)
+            ]
+            visible = None
+            if self.blocks is not None:
+                visible = block_visible(self.blocks[here].view(count, length))
+            part = sdpa(parts[0], parts[1], parts[2], visible)
+            mixed.append(part.transpose(0, 1).flatten(1, 2))
+        return torch.cat(mixed, dim=1)[None]
+
+
+class FlashVarlen(Packed):
+    """Packed for flash-attn: sequences of different length in one call, no padding."""
+
+    def __init__(self, real: Tensor) -> None:
+        super().__init__(real, None)
+        ends = real.sum(1).cumsum(0, dtype=torch.int32)
+        self.ends = F.pad(ends, (1, 0))
+        self.longest = max(self.lengths)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        from flash_attn import flash_attn_varlen_func
+
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        mixed = flash_attn_varlen_func(
+            q, k, v, self.ends, self.ends, self.longest, self.longest, causal=False
+        )
+        return mixed.transpose(0, 1)[None]
+
+
+class Flex(Dense):
+    """Padding and blocks as a rule that FlexAttention compiles: whole tiles nobody sees are skipped."""
+
+    def __init__(self, real: Tensor | None, blocks: Tensor | None, shape: Sequence[int]) -> None:
+        super().__init__(None)
+        if real is None and blocks is None:
+            self.block_mask = None
+            return
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            seen = (k >= 0) if real is None else real[b, k]
+            return seen if blocks is None else seen & (blocks[b, k] <= blocks[b, q])
+
+        size, length = shape
+        device = (real if blocks is None else blocks).device  # type: ignore[union-attr]
+        self.block_mask = create_block_mask(rule, size, None, length, length, device=str(device))
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        grouped = query.shape[1] != key.shape[1]
+        return compiled_flex()(query, key, value, block_mask=self.block_mask, enable_gqa=grouped)
+
+
+class Cached:
+    """New tokens see the cached ones and each other; their keys and values go into the cache."""
+
+    def __init__(self, cache: KVCache, real: Tensor, blocks: Tensor | None) -> None:
+        self.cache, self.real = cache, real
+        self.blocks = torch.zeros_like(real, dtype=torch.int64) if blocks is None else blocks
+        cache.reserve(*real.shape)
+        self.stop = cache.length + real.shape[1]
+        keys = torch.cat((cache.blocks[:, : cache.length], self.blocks), 1)
+        seen = torch.cat((cache.real[:, : cache.length], real), 1)
+        itself = torch.arange(self.stop, device=real.device)
+        itself = itself == itself[cache.length :, None]
+        self.visible = block_visible(keys, self.blocks) & seen[:, None, None, :] | itself
+
+    pack = unpack = Dense.pack
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keys, values = self.cache.write(layer, key, value)
+        return sdpa(query, keys, values, self.visible)
+
+
+_compiled: Any = None
+
+
+def compiled_flex() -> Any:
+    """FlexAttention, compiled once per process: eager, it would hold the whole score matrix."""
+    global _compiled
+    if _compiled is None:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        _compiled = torch.compile(flex_attention)
+    return _compiled
