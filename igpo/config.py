@@ -108,6 +108,12 @@ class AlgorithmConfig:
 class RewardConfig:
     reward_funcs: tuple[str, ...] = ("correctness",)  # names in igpo.rewards, or "module:function"
     reward_weights: tuple[float, ...] = ()  # (): all 1
+    task: str = (
+        "answer"  # what is correct; or gsm8k, math, countdown, sudoku, code, module:function
+    )
+    compat: str | None = None  # d1: the scorer of the d1 protocol, defects included
+    verify_workers: int = 2  # processes that judge completions (every task but answer)
+    verify_timeout_s: float = 10.0  # for one completion; then it is wrong, and counted
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ _BOXED = "\\boxed{"
 _LATEX = re.compile(r"\\(?:left|right|,|;|!|text|mathrm|displaystyle)\b|\\[,;!]")
 
 
-def verify(completion: str, answer: str) -> bool:
+def has_answer(completion: str, answer: str) -> bool:
     """Does the completion end in this answer? See extract_answer and same_answer."""
     found = extract_answer(completion)
     return found is not None and same_answer(found, answer)
