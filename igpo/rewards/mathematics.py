@@ -7,7 +7,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-from .answers import MARKER
+from .answers import MARKER, number
 from .extract import LONGEST_ANSWER, boxed_or_tagged, last_box, last_match, turn
 from .verdict import Verdict, reference_error
 
@@ -21,15 +21,19 @@ _REMOVED = (
 def judge(completion: str, reference: Any) -> Verdict:
     r"""The last box, else the last answer tag, else what follows the last ####, else the last formula of the text.
 
-    Equal to the reference as text after `normalised`, or by math_verify.verify(reference, answer) (0.9: arguments are
+    Equal to the reference as text after `normalised`, as exact numbers, or by math_verify.verify(reference, answer) (0.9: arguments are
     not exchangeable). reference: LaTeX text, or a number. Needs the [math] extra.
     """
     wanted = reference_text(reference)
     found = extract(turn(completion))
     if found is None or len(found) > LONGEST_ANSWER:
         return Verdict.of(False, None)
-    if normalised(found) == normalised(wanted):
+    left, right = normalised(found), normalised(wanted)
+    if left == right:
         return Verdict.of(True, found)
+    values = number(left), number(right)
+    if None not in values:  # exact, and most of what math-verify would be asked
+        return Verdict.of(values[0] == values[1], found)
     return Verdict.of(len(found) <= LONGEST_PARSED and _equal(wanted, found), found)
 
 
