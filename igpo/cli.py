@@ -40,6 +40,8 @@ COMMANDS = {
     "sft": Command("masked supervised fine-tuning", "igpo.sft:run"),
     "eval": Command("accuracy on a file of problems", "igpo.evaluate:run", options=config.EvalOptions),
     "generate": Command("completions of prompts", "igpo.generate:run", options=config.GenerateOptions),
+    "data": Command("sizes, lengths and overlap of the data", "igpo.dataset_report:run", options=config.DataOptions),
+    "puzzles": Command("writes generated problems", "igpo.puzzles:run", False, config.PuzzleOptions),
     "tokenizer": Command("trains a tokenizer with a mask token", "igpo.tokenizer:run", False, config.TokenizerOptions),
     "demo": Command("GRPO against IGPO on a small problem, on the CPU", "igpo.demo:main", False, config.DemoOptions),
     "ops": Command("which backend of which op runs here, or why not", "igpo.ops.__main__:main", False),

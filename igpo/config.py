@@ -37,13 +37,22 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    train_file: str | None = None  # JSONL
+    # .jsonl, .csv or .parquet file, folder, hub id[:config][@split], gsm8k[@split] and other names, NAME=FILE
+    train_file: str | None = None
     eval_file: str | None = None
     prompt_column: str = "question"
     trace_column: str | None = "answer"  # a worked solution; None: no hints
     answer_column: str | None = None  # None: what follows answer_marker in the trace
     answer_marker: str = "####"
     max_prompt_length: int = 256  # tokens; longer prompts are an error, never cut
+    prompt_template: str = (
+        "plain"  # the question alone; d1: that protocol's form; or a file with {question}
+    )
+    response_prefix: str | None = (
+        None  # of the completion, already in the prompt; None: the template's
+    )
+    completion_format: str | None = None  # of traces: marker, tags, tags_raw; None: the template's
+    streaming: bool = False  # read hub datasets as they arrive instead of storing them first
 
 
 @dataclass(frozen=True)
@@ -191,6 +200,27 @@ class GenerateOptions:
     output_file: str | None = None  # JSONL; None: standard output
     num_samples: int = 1  # completions per prompt
     show_steps: bool = False  # show the canvas after every denoise step
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    limit: int | None = None  # the first problems only
+
+
+@dataclass(frozen=True)
+class PuzzleOptions:
+    """`igpo puzzles` takes these alone."""
+
+    puzzle: str = "countdown"  # or sudoku, addition
+    num_problems: int = 10000
+    seed: int = 3
+    output_file: str | None = None  # JSONL; None: PUZZLE.jsonl
+    exclude_file: str | None = None  # problems of this file are left out
+    num_numbers: int = 3  # countdown
+    max_number: int = 100
+    max_target: int = 100
+    num_empty: int = 8  # sudoku: cells to fill
+    num_digits: int = 3  # addition
 
 
 @dataclass(frozen=True)

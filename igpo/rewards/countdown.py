@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from igpo.text import boxed_or_tagged, turn
+
 from .arithmetic import ExpressionError, evaluate, plain
-from .extract import boxed_or_tagged, turn
 from .verdict import Verdict, reference_error
 
 

@@ -6,8 +6,9 @@ import re
 from fractions import Fraction
 from typing import Any
 
+from igpo.text import LONGEST_ANSWER, boxed_or_tagged, last_answer_tag, last_match, turn
+
 from .answers import MARKER, number
-from .extract import LONGEST_ANSWER, boxed_or_tagged, last_answer_tag, last_match, turn
 from .verdict import Verdict, reference_error
 
 _LATEX = re.compile(

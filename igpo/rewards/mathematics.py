@@ -7,8 +7,9 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+from igpo.text import LONGEST_ANSWER, boxed_or_tagged, last_box, last_match, turn
+
 from .answers import MARKER, number
-from .extract import LONGEST_ANSWER, boxed_or_tagged, last_box, last_match, turn
 from .verdict import Verdict, reference_error
 
 LONGEST_PARSED = 500  # characters given to math-verify; chosen: answers of MATH have at most 160
@@ -21,8 +22,9 @@ _REMOVED = (
 def judge(completion: str, reference: Any) -> Verdict:
     r"""The last box, else the last answer tag, else what follows the last ####, else the last formula of the text.
 
-    Equal to the reference as text after `normalised`, as exact numbers, or by math_verify.verify(reference, answer) (0.9: arguments are
-    not exchangeable). reference: LaTeX text, or a number. Needs the [math] extra.
+    Equal to the reference as text after `normalised`, as exact numbers, or by math_verify.verify(reference, answer),
+    whose arguments are not exchangeable. reference: LaTeX text, a number, or a solution with its answer in a box.
+    Needs the [math] extra.
     """
     wanted = reference_text(reference)
     found = extract(turn(completion))

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from igpo.text import last_answer_tag, turn
+
 from . import sandbox
-from .extract import last_answer_tag, turn
 from .sandbox import Limits
 from .verdict import Verdict, reference_error
 

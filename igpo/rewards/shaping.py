@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .extract import last_box, turn
+from igpo.text import last_box, turn
 
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 _DEFECT = 0.001  # d1 (reward_func.py): taken off per character after the closing answer tag

@@ -8,10 +8,11 @@ from functools import cache
 from itertools import permutations
 from typing import Any
 
-from .extract import last_answer_tag, last_box, turn
+from igpo.text import last_answer_tag, last_box, turn
+
 from .verdict import Verdict, reference_error
 
-_UNITS = (
+UNITS = (
     *(tuple(range(4 * r, 4 * r + 4)) for r in range(4)),
     *(tuple(range(c, 16, 4)) for c in range(4)),
     *((b, b + 1, b + 4, b + 5) for b in (0, 2, 8, 10)),
@@ -54,7 +55,7 @@ def keeps_givens(grid: str, puzzle: str) -> bool:
 
 def is_valid(grid: str) -> bool:
     """Every row, column and 2x2 box holds 1, 2, 3 and 4."""
-    return all({grid[i] for i in unit} == set("1234") for unit in _UNITS)
+    return all({grid[i] for i in unit} == set("1234") for unit in UNITS)
 
 
 @cache
