@@ -41,6 +41,7 @@ COMMANDS = {
     "eval": Command("accuracy on a file of problems", "igpo.evaluate:run", options=config.EvalOptions),
     "generate": Command("completions of prompts", "igpo.generate:run", options=config.GenerateOptions),
     "data": Command("sizes, lengths and overlap of the data", "igpo.dataset_report:run", options=config.DataOptions),
+    "rewrite": Command("concise traces, verified", "igpo.rewrite:run", options=config.RewriteOptions),
     "puzzles": Command("writes generated problems", "igpo.puzzles:run", False, config.PuzzleOptions),
     "tokenizer": Command("trains a tokenizer with a mask token", "igpo.tokenizer:run", False, config.TokenizerOptions),
     "demo": Command("GRPO against IGPO on a small problem, on the CPU", "igpo.demo:main", False, config.DemoOptions),

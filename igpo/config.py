@@ -208,6 +208,24 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
+class RewriteOptions:
+    output_file: str = "rewritten.jsonl"  # beside it: .rejects.jsonl, .json, .png, .journal.jsonl
+    base_url: str | None = None  # an OpenAI-compatible endpoint; None: rules, without a model
+    rewrite_model: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key
+    max_trace_length: int | None = None  # tokens, EOS included; None: max_completion_length
+    concurrency: int = 16  # requests at once
+    num_attempts: int = 2  # for a trace that is rejected
+    max_retries: int = 5  # of a request, with exponential back-off
+    request_timeout_s: float = 120.0
+    rewrite_temperature: float = 0.7
+    max_tokens: int = 2048  # of a reply
+    prompt_price: float = 0.0  # per million tokens
+    completion_price: float = 0.0
+    limit: int | None = None  # the first problems only
+
+
+@dataclass(frozen=True)
 class PuzzleOptions:
     """`igpo puzzles` takes these alone."""
 

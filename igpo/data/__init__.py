@@ -1,6 +1,7 @@
 """Problems: datasets by name or place, as prompts, and which of them a training step gets."""
 
 from .batches import Batches, batches
+from .concise import concise
 from .overlap import NGRAM, Overlap, overlaps
 from .prompts import hint_end, load_prompts, prompt_ids
 from .recipes import RECIPES, Problem, Recipe, problems, strip_calculator_annotations
@@ -17,6 +18,7 @@ __all__ = [
     "Row",
     "Source",
     "batches",
+    "concise",
     "hint_end",
     "load_prompts",
     "overlaps",
