@@ -170,6 +170,7 @@ class EvalConfig:
     eval_limit: int | None = None  # first rows only
     eval_temperature: float = 0.0
     num_eval_generations: int = 1
+    eval_lengths: tuple[int, ...] = ()  # canvases igpo eval measures; (): max_completion_length
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,8 @@ class Config:
 
 @dataclass(frozen=True)
 class EvalOptions:
-    predictions_file: str | None = None  # JSONL: every completion with its verdict
+    # JSONL: every completion with its verdict; None: predictions.jsonl in output_dir
+    predictions_file: str | None = None
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,14 @@ class GenerateOptions:
     output_file: str | None = None  # JSONL; None: standard output
     num_samples: int = 1  # completions per prompt
     show_steps: bool = False  # show the canvas after every denoise step
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """`igpo report RUN ...` takes these alone."""
+
+    runs: tuple[str, ...] = ()  # folders; words without = are these
+    out: str = "report.html"
 
 
 @dataclass(frozen=True)
