@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from . import config_io, environment
-from .config import Config, ConfigError
+from .config import Config, ConfigError, DataConfig
+from .data.recipes import parse
 from .models import load_model
 from .optim import Updater
 
@@ -33,7 +34,8 @@ FREE = {
     "train.output_dir", "train.max_steps", "train.logging_steps", "train.save_steps", "train.save_total_limit",
     "train.eval_steps", "train.resume_from_checkpoint", "train.report_to", "train.log_completions",
     "train.num_threads", "train.per_device_train_batch_size", "rollout.rollout_batch_size",
-    "data.train_file", "data.eval_file", "model.device", "model.attn_implementation", "train.gradient_checkpointing",
+    "data.train_file", "data.eval_file", "data.streaming", "model.device", "model.attn_implementation",
+    "train.gradient_checkpointing", "reward.verify_workers",
 }  # fmt: skip
 FREE_SECTIONS = ("evaluation.",)
 
@@ -65,7 +67,7 @@ def save(policy: Any, tokenizer: Any, updater: Updater, cfg: Config, state: Stat
         "step": state.step,
         "counters": dict(state.counters),
         "config": config_io.flatten(cfg),
-        "data": digest(cfg.data.train_file),
+        "data": digest(cfg.data),
         "versions": environment.versions(),
     }
     (draft / "state.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
@@ -128,11 +130,14 @@ def restore(folder: Path, policy: Any, updater: Updater, cfg: Config) -> State:
     return State(facts["step"], facts["counters"])
 
 
-def digest(file: str | None) -> str | None:
-    """Of a data file's bytes: a continuation must see the same rows."""
-    if file is None:
+def digest(cfg: DataConfig) -> str | None:
+    """Of a data file's bytes, or of the name of a dataset elsewhere: a continuation must see the same rows."""
+    if cfg.train_file is None:
         return None
-    with open(file, "rb") as stream:
+    _, source = parse(cfg.train_file, cfg)
+    if not source.is_file:
+        return hashlib.blake2b(str(source).encode()).hexdigest()[:32]
+    with open(source.place, "rb") as stream:
         return hashlib.file_digest(stream, "blake2b").hexdigest()[:32]
 
 
@@ -150,7 +155,7 @@ def _check_same(facts: Mapping[str, Any], cfg: Config, folder: Path) -> None:
         raise ConfigError(
             f"{folder}: cannot resume, the run had other settings: {'; '.join(differing)}."
         )
-    if facts["data"] != digest(cfg.data.train_file):
+    if facts["data"] != digest(cfg.data):
         raise ConfigError(
             f"{folder}: cannot resume, {cfg.data.train_file} holds other data than then."
         )

@@ -22,12 +22,14 @@ TRACEBACK = "--traceback"
 
 @dataclass(frozen=True)
 class Command:
-    """`target` is "module:function", called with (cfg if tree) and (options if it has any)."""
+    """`target` is "module:function", called with (cfg if tree) and (options if it has any). `words` is the option that
+    takes the words of the command line which are no options, if not YAML files."""
 
     summary: str
     target: str
     tree: bool = True
     options: type | None = None
+    words: str | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ COMMANDS = {
     "sft": Command("masked supervised fine-tuning", "igpo.sft:run"),
     "eval": Command("accuracy on a file of problems", "igpo.evaluate:run", options=config.EvalOptions),
     "generate": Command("completions of prompts", "igpo.generate:run", options=config.GenerateOptions),
+    "report": Command("one page that compares runs", "igpo.report:run", False, config.ReportOptions, "runs"),
+    "data": Command("sizes, lengths and overlap of the data", "igpo.dataset_report:run", options=config.DataOptions),
+    "rewrite": Command("concise traces, verified", "igpo.rewrite:run", options=config.RewriteOptions),
+    "puzzles": Command("writes generated problems", "igpo.puzzles:run", False, config.PuzzleOptions),
     "tokenizer": Command("trains a tokenizer with a mask token", "igpo.tokenizer:run", False, config.TokenizerOptions),
     "demo": Command("GRPO against IGPO on a small problem, on the CPU", "igpo.demo:main", False, config.DemoOptions),
     "ops": Command("which backend of which op runs here, or why not", "igpo.ops.__main__:main", False),
@@ -97,6 +103,9 @@ def _call(command: Command, words: Sequence[str]) -> None:
 def parse(command: Command, words: Sequence[str]) -> list[Any]:
     """The arguments of a command's function. Raises ConfigError."""
     files, given = _sort(command, words)
+    if command.words is not None and files:
+        given = [(command.words, ",".join(files)), *given]
+        files = []
     if files and not command.tree:
         raise ConfigError(
             f"command line: {files[0]!r} must be key=value; this command takes no file."
@@ -175,6 +184,8 @@ def usage(name: str) -> str:
     """The keys of a command with type, default and meaning."""
     command = COMMANDS[name]
     files = "[CONFIG.yaml ...] " if command.tree else ""
+    if command.words is not None:
+        files = f"{command.words.upper()} ... "
     lines = [f"usage: igpo {name} {files}[key=value ...]", "", f"{command.summary}."]
     section: tuple[str, ...] | None = None
     for leaf in _keys(command).values():

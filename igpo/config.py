@@ -39,13 +39,22 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    train_file: str | None = None  # JSONL
+    # .jsonl, .csv or .parquet file, folder, hub id[:config][@split], gsm8k[@split] and other names, NAME=FILE
+    train_file: str | None = None
     eval_file: str | None = None
     prompt_column: str = "question"
     trace_column: str | None = "answer"  # a worked solution; None: no hints
     answer_column: str | None = None  # None: what follows answer_marker in the trace
     answer_marker: str = "####"
     max_prompt_length: int = 256  # tokens; longer prompts are an error, never cut
+    prompt_template: str = (
+        "plain"  # the question alone; d1: that protocol's form; or a file with {question}
+    )
+    response_prefix: str | None = (
+        None  # of the completion, already in the prompt; None: the template's
+    )
+    completion_format: str | None = None  # of traces: marker, tags, tags_raw; None: the template's
+    streaming: bool = False  # read hub datasets as they arrive instead of storing them first
 
 
 @dataclass(frozen=True)
@@ -151,6 +160,12 @@ class AlgorithmConfig:
 class RewardConfig:
     reward_funcs: tuple[str, ...] = ("correctness",)  # names in igpo.rewards, or "module:function"
     reward_weights: tuple[float, ...] = ()  # (): all 1
+    task: str = (
+        "answer"  # what is correct; or gsm8k, math, countdown, sudoku, code, module:function
+    )
+    compat: str | None = None  # d1: the scorer of the d1 protocol, defects included
+    verify_workers: int = 2  # processes that judge completions (every task but answer)
+    verify_timeout_s: float = 10.0  # for one completion; then it is wrong, and counted
 
 
 @dataclass(frozen=True)
@@ -199,6 +214,7 @@ class EvalConfig:
     eval_limit: int | None = None  # first rows only
     eval_temperature: float = 0.0
     num_eval_generations: int = 1
+    eval_lengths: tuple[int, ...] = ()  # canvases igpo eval measures; (): max_completion_length
 
 
 @dataclass(frozen=True)
@@ -219,7 +235,8 @@ class Config:
 
 @dataclass(frozen=True)
 class EvalOptions:
-    predictions_file: str | None = None  # JSONL: every completion with its verdict
+    # JSONL: every completion with its verdict; None: predictions.jsonl in output_dir
+    predictions_file: str | None = None
 
 
 @dataclass(frozen=True)
@@ -229,6 +246,53 @@ class GenerateOptions:
     output_file: str | None = None  # JSONL; None: standard output
     num_samples: int = 1  # completions per prompt
     show_steps: bool = False  # show the canvas after every denoise step
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """`igpo report RUN ...` takes these alone."""
+
+    runs: tuple[str, ...] = ()  # folders; words without = are these
+    out: str = "report.html"
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    limit: int | None = None  # the first problems only
+
+
+@dataclass(frozen=True)
+class RewriteOptions:
+    output_file: str = "rewritten.jsonl"  # beside it: .rejects.jsonl, .json, .png, .journal.jsonl
+    base_url: str | None = None  # an OpenAI-compatible endpoint; None: rules, without a model
+    rewrite_model: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key
+    max_trace_length: int | None = None  # tokens, EOS included; None: max_completion_length
+    concurrency: int = 16  # requests at once
+    num_attempts: int = 2  # for a trace that is rejected
+    max_retries: int = 5  # of a request, with exponential back-off
+    request_timeout_s: float = 120.0
+    rewrite_temperature: float = 0.7
+    max_tokens: int = 2048  # of a reply
+    prompt_price: float = 0.0  # per million tokens
+    completion_price: float = 0.0
+    limit: int | None = None  # the first problems only
+
+
+@dataclass(frozen=True)
+class PuzzleOptions:
+    """`igpo puzzles` takes these alone."""
+
+    puzzle: str = "countdown"  # or sudoku, addition
+    num_problems: int = 10000
+    seed: int = 3
+    output_file: str | None = None  # JSONL; None: PUZZLE.jsonl
+    exclude_file: str | None = None  # problems of this file are left out
+    num_numbers: int = 3  # countdown
+    max_number: int = 100
+    max_target: int = 100
+    num_empty: int = 8  # sudoku: cells to fill
+    num_digits: int = 3  # addition
 
 
 @dataclass(frozen=True)

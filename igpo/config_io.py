@@ -116,7 +116,9 @@ def validate(cfg: Config, need: Sequence[str] = ()) -> None:
     for key in (*need, *(("eval_file",) if t.eval_steps else ())):
         file = getattr(cfg.data, key)
         _require(file is not None, key, "name a JSONL file", file)
-        _require(Path(file).is_file(), key, "name a file that exists", file)
+        is_place = file.endswith((".jsonl", ".json", ".csv", ".parquet"))
+        place = Path(file) if Path(file).exists() else Path(file.partition("=")[2])
+        _require(not is_place or place.is_file(), key, "name a file that exists", file)
 
 
 def _require(condition: bool, key: str, rule: str, got: object) -> None:

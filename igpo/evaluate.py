@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,28 +15,14 @@ from .canvas import masked_canvases
 from .config import Config, ConfigError, EvalOptions
 from .config_io import validate
 from .data import load_prompts
+from .environment import git_commit, machine, versions
 from .logging import output, progress, say
+from .metrics import add
 from .policy import build_policy, load_tokenizer, require_model
 from .rewards import Grade, make_grader
 from .rollout import denoise
+from .scores import Completion, summary
 from .types import Graded, Metrics, Policy, Prompt, Rollouts, Seed
-
-Z = 1.959963984540054  # of a 95 % interval
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One line of predictions_file."""
-
-    row: int
-    sample: int
-    prompt: str
-    completion: str
-    answer: str | None
-    correct: bool
-    reward: float
-    num_tokens: int  # before the first EOS
-    num_steps: int
 
 
 def evaluate(
@@ -49,15 +33,15 @@ def evaluate(
     Random streams belong to (seed, row of the dataset, sample), so the result does not depend on eval_batch_size.
 
     Returns:
-        accuracy: mean over problems of the fraction of correct completions, with accuracy_low and accuracy_high,
-        Wilson's 95 % interval with the number of problems (completions of a problem are not independent).
-        pass@k for k = 2, 4, … up to the number of completions: the unbiased estimate 1 - C(n-c, k) / C(n, k)
-        (arXiv:2107.03374, equation 1).   reward, completion_length (tokens before EOS), num_problems, forwards
-        (sequences times model calls).
+        accuracy, avg@n and pass@k with their intervals (`scores.summary`; pass@k is the unbiased estimate
+        1 - C(n-c, k) / C(n, k), arXiv:2107.03374, equation 1), reward, completion_length (tokens before EOS),
+        num_problems, forwards (sequences times model calls), and the verifier's verify/timeouts and verify/failures.
     """
-    found = list(complete(policy, tokenizer, prompts, grade, cfg))
-    lines = [line for graded in found for line in _lines(graded, prompts)]
-    return {**summary(lines), "forwards": float(sum(g.rollouts.num_forwards for g in found))}
+    return _evaluated(policy, tokenizer, prompts, grade, cfg)
+
+
+def _count(totals: dict[str, float], graded: Graded) -> None:
+    add(totals, {"forwards": float(graded.rollouts.num_forwards), **graded.metrics})
 
 
 def complete(
@@ -99,6 +83,7 @@ def _lines(graded: Graded, prompts: Sequence[Prompt]) -> Iterator[Completion]:
             row=prompt.row_id, sample=int((groups[:b] == group).sum()), prompt=prompt.text,
             completion=graded.completions[b], answer=prompt.answer, correct=bool(graded.correct[b]),
             reward=float(graded.rewards[b]), num_tokens=lengths[b], num_steps=int(graded.rollouts.num_steps[b]),
+            max_completion_length=graded.rollouts.completion.shape[1],
         )  # fmt: skip
 
 
@@ -107,44 +92,6 @@ def completion_lengths(rollouts: Rollouts) -> list[int]:
     eos = rollouts.canvas.eos_id
     rows = rollouts.completion.tolist()
     return [row.index(eos) if eos in row else len(row) for row in rows]
-
-
-def summary(lines: Sequence[Completion]) -> dict[str, float]:
-    """The numbers of `evaluate` that follow from its completions."""
-    per_problem: dict[int, list[bool]] = {}
-    for line in lines:
-        per_problem.setdefault(line.row, []).append(line.correct)
-    rates = [sum(verdicts) / len(verdicts) for verdicts in per_problem.values()]
-    samples = min(map(len, per_problem.values()))
-    accuracy = sum(rates) / len(rates)
-    low, high = wilson(accuracy, len(rates))
-    numbers = {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high}
-    for k in (2**i for i in range(1, samples.bit_length())):
-        found = [pass_at_k(len(v), sum(v), k) for v in per_problem.values()]
-        numbers[f"pass@{k}"] = sum(found) / len(found)
-    return {
-        **numbers,
-        "reward": sum(line.reward for line in lines) / len(lines),
-        "completion_length": sum(line.num_tokens for line in lines) / len(lines),
-        "num_problems": float(len(rates)),
-    }
-
-
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n completions, c of them correct, hold a correct one.
-
-    >>> pass_at_k(4, 1, 2)
-    0.5
-    """
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def wilson(rate: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a fraction of n trials."""
-    middle = rate + Z * Z / (2 * n)
-    half = Z * math.sqrt(rate * (1 - rate) / n + Z * Z / (4 * n * n))
-    scale = 1 + Z * Z / n
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
 def check(cfg: Config) -> None:
@@ -163,61 +110,121 @@ def check(cfg: Config) -> None:
 
 
 def run(cfg: Config, options: EvalOptions) -> Metrics:
-    """`igpo eval`: prints a table, writes evaluation.json (numbers and protocol) into output_dir, and every completion
-    into predictions_file when one is named."""
+    """`igpo eval`: prints a table with a column per length of eval_lengths, writes evaluation.json (numbers and
+    protocol) and predictions.jsonl (every completion) into output_dir. Returns the numbers of the last length."""
     validate(cfg, need=("eval_file",))
     check(cfg)
+    settings = [at_length(cfg, length) for length in lengths_of(cfg)]
     require_model(cfg, "eval")
     if cfg.train.num_threads:
         torch.set_num_threads(cfg.train.num_threads)
     tokenizer = load_tokenizer(cfg.model)
     prompts = load_prompts(cfg.data.eval_file, cfg.data, tokenizer, limit=cfg.evaluation.eval_limit)
     grade, policy = make_grader(tokenizer, cfg.reward), build_policy(cfg, tokenizer)
-    lines, forwards = [], 0
-    with ExitStack() as stack:
-        stream = _opened(options.predictions_file, stack)
-        for graded in complete(policy, tokenizer, prompts, grade, cfg):
-            found = list(_lines(graded, prompts))
-            lines, forwards = lines + found, forwards + graded.rollouts.num_forwards
-            if stream is not None:
-                stream.writelines(json.dumps(asdict(line)) + "\n" for line in found)
-                stream.flush()
-    metrics = {**summary(lines), "forwards": float(forwards)}
-    _report(cfg, metrics)
-    return metrics
+    folder = Path(cfg.train.output_dir)
+    file = Path(options.predictions_file or folder / "predictions.jsonl")
+    for place in (folder, file.parent):
+        place.mkdir(parents=True, exist_ok=True)
+    found: dict[int, Metrics] = {}
+    with file.open("w", encoding="utf-8") as stream:
+        for setting in settings:
+            numbers = _evaluated(policy, tokenizer, prompts, grade, setting, stream)
+            found[setting.rollout.max_completion_length] = numbers
+    _report(cfg, found, protocol(cfg, tokenizer, prompts), file)
+    return list(found.values())[-1]
 
 
-def _opened(path: str | None, stack: ExitStack) -> TextIO | None:
-    if path is None:
-        return None
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    return stack.enter_context(open(path, "w", encoding="utf-8"))
+def _evaluated(
+    policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], grade: Grade, cfg: Config,
+    stream: TextIO | None = None,
+) -> Metrics:  # fmt: skip
+    """Writes every completion into the stream as soon as it is there."""
+    lines, totals = [], {"forwards": 0.0}
+    for graded in complete(policy, tokenizer, prompts, grade, cfg):
+        found = list(_lines(graded, prompts))
+        lines += found
+        _count(totals, graded)
+        if stream is not None:
+            stream.writelines(json.dumps(asdict(line)) + "\n" for line in found)
+            stream.flush()
+    return {**summary(lines, Seed(cfg.train.seed)), **totals}
 
 
-def protocol(cfg: Config) -> dict[str, Any]:
+def lengths_of(cfg: Config) -> tuple[int, ...]:
+    return cfg.evaluation.eval_lengths or (cfg.rollout.max_completion_length,)
+
+
+def at_length(cfg: Config, length: int) -> Config:
+    """The configuration with another canvas, and as many tokens per denoise step as before. Raises ConfigError."""
+    rollout = cfg.rollout
+    steps, rest = divmod(length * rollout.diffusion_steps, rollout.max_completion_length)
+    if length < 1 or length % rollout.block_length or rest or not steps:
+        raise ConfigError(
+            f"eval_lengths must be multiples of block_length={rollout.block_length} that keep "
+            f"{rollout.max_completion_length}/{rollout.diffusion_steps} tokens per step, got {length}."
+        )
+    return replace(
+        cfg, rollout=replace(rollout, max_completion_length=length, diffusion_steps=steps)
+    )
+
+
+VERIFICATION = {
+    "answer": "answer after the last ####, else the last \\boxed{}, else the last number; numbers are exact",
+}
+
+
+def protocol(cfg: Config, tokenizer: Any, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """What a reader must know to get the same number again."""
+    task = cfg.reward.task
     return {
         "model_name_or_path": cfg.model.model_name_or_path,
+        "dtype": cfg.model.dtype,
         "eval_file": cfg.data.eval_file,
         "eval_limit": cfg.evaluation.eval_limit,
-        "max_completion_length": cfg.rollout.max_completion_length,
+        "num_problems": len(prompts),
+        "prompt_template": cfg.data.prompt_template,
+        "response_prefix": cfg.data.response_prefix,
+        "first_prompt": tokenizer.decode(prompts[0].ids),
+        "max_completion_length": list(lengths_of(cfg)),
         "block_length": cfg.rollout.block_length,
-        "diffusion_steps": cfg.rollout.diffusion_steps,
+        "diffusion_steps": [at_length(cfg, n).rollout.diffusion_steps for n in lengths_of(cfg)],
         "remasking": cfg.rollout.remasking,
+        "suppress_tokens": list(cfg.rollout.suppress_tokens),
+        "early_stop": cfg.rollout.early_stop,
         "temperature": cfg.evaluation.eval_temperature,
         "num_eval_generations": cfg.evaluation.num_eval_generations,
         "seed": cfg.train.seed,
-        "verification": "answer after the last ####, else the last \\boxed{}, else the last number; numbers are exact",
-    }
+        "padding": "left, masked: the batch size changes no completion",
+        "task": task,
+        "compat": cfg.reward.compat,
+        "verification": VERIFICATION.get(task, f"task {task} of igpo.rewards.verify (docs/rewards.md)"),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "machine": machine(),
+    }  # fmt: skip
 
 
-def _report(cfg: Config, metrics: Metrics) -> None:
-    table = Table("", "value")
-    for name, value in metrics.items():
-        table.add_row(name, f"{value:.4g}")
+def _report(
+    cfg: Config, found: dict[int, Metrics], facts: dict[str, Any], predictions: Path
+) -> None:
+    table = Table("", *(f"{length} tokens" for length in found))
+    for name in next(iter(found.values())):
+        if not name.endswith(("_low", "_high")):
+            table.add_row(name, *(_shown(numbers, name) for numbers in found.values()))
     output.print(table)
     path = Path(cfg.train.output_dir) / "evaluation.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"metrics": dict(metrics), "protocol": protocol(cfg)}
+    record = {
+        "metrics": dict(list(found.values())[-1]),
+        "lengths": {str(length): dict(numbers) for length, numbers in found.items()},
+        "protocol": facts,
+        "predictions": str(predictions),
+    }
     path.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    say(f"written: {path}")
+    say(f"written: {path}, {predictions}")
+
+
+def _shown(numbers: Metrics, name: str) -> str:
+    """With its interval, if it has one."""
+    text = f"{numbers[name]:.4g}"
+    ends = [numbers.get(f"{name}_{end}") for end in ("low", "high")]
+    return text if None in ends else f"{text} [{ends[0]:.3f}, {ends[1]:.3f}]"

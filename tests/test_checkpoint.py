@@ -202,6 +202,23 @@ def test_the_data_may_not_change(tiny: Callable[..., Config], tmp_path: Path) ->
         set_up(again)
 
 
+def test_a_dataset_by_name_is_known_by_its_rows(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    data = tmp_path / "data.jsonl"
+    shutil.copy(str(tiny().data.train_file), data)
+    cfg = tiny(f"train_file=gsm8k={data}")
+    run = set_up(cfg)
+    checkpoint.save(run.policy, run.tokenizer, run.updater, cfg, State(1))
+    again = tiny(f"train_file=gsm8k={data}", "resume_from_checkpoint=last")
+    assert set_up(again).state.step == 1
+    data.write_text("".join(reversed(data.read_text().splitlines(True))))
+    with pytest.raises(ConfigError, match="holds other data than then"):
+        set_up(again)
+    named = [checkpoint.digest(replace(cfg.data, train_file=x)) for x in ("gsm8k", "gsm8k@test")]
+    assert len({*named, None}) == 3
+
+
 def test_where_to_resume_from_is_checked(tiny: Callable[..., Config], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"resume_from_checkpoint=last: .* holds no checkpoint"):
         checkpoint.find(tiny("resume_from_checkpoint=last"))

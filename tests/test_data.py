@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from igpo.config import DataConfig
 from igpo.data import DataError, batches, hint_end, load_prompts, strip_calculator_annotations
-from igpo.rewards import verify
+from igpo.rewards import has_answer
 from igpo.tokenizer import train_tokenizer
 from igpo.types import Prompt, Seed
 
@@ -196,6 +196,6 @@ def test_real_rows_load_and_verify(shared: Path, split: str, count: int) -> None
         assert prompt.trace is not None
         assert prompt.answer is not None
         assert "<<" not in prompt.trace
-        assert verify(prompt.trace, prompt.answer)
-        assert not verify(prompt.trace, prompt.answer + "1")
+        assert has_answer(prompt.trace, prompt.answer)
+        assert not has_answer(prompt.trace, prompt.answer + "1")
         assert 0 <= prompt.hint_length < len(prompt.trace_ids)

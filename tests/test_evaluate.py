@@ -17,9 +17,11 @@ from igpo.cli import main
 from igpo.config import Config, ConfigError, EvalOptions
 from igpo.config_io import assign, dump
 from igpo.data import load_prompts
-from igpo.evaluate import Completion, evaluate, pass_at_k, summary, wilson
+from igpo.evaluate import evaluate
 from igpo.policy import build_policy, load_tokenizer
 from igpo.rewards import make_grader
+from igpo.scores import Completion, bootstrap, pass_at_k, summary, wilson
+from igpo.types import Seed
 
 
 def line(row: int, correct: bool) -> Completion:
@@ -52,6 +54,24 @@ def test_summary_counts_problems_not_completions() -> None:
     one = summary([line(row, row < 3) for row in range(10)])
     assert (one["accuracy_low"], one["accuracy_high"]) == wilson(0.3, 10)
     assert "pass@2" not in one
+
+
+def test_bootstrap_intervals_are_those_of_the_mean() -> None:
+    values = [0.0, 1.0, 0.25, 0.5] * 50
+    low, high = bootstrap(values, Seed(1))
+    mean, half = 0.4375, 1.96 * (sum((v - 0.4375) ** 2 for v in values) / len(values) ** 2) ** 0.5
+    assert low == pytest.approx(mean - half, abs=0.01)
+    assert high == pytest.approx(mean + half, abs=0.01)
+    assert bootstrap(values, Seed(1)) == (low, high)
+    assert bootstrap([0.5] * 3, Seed(1)) == (0.5, 0.5)
+
+
+def test_several_completions_have_avg_and_pass_with_intervals() -> None:
+    found = summary([line(row, sample <= row % 3) for row in range(30) for sample in range(4)])
+    assert found["avg@4"] == found["accuracy"] == found["pass@1"]
+    assert found["avg@4_low"] < found["avg@4"] < found["avg@4_high"]
+    assert found["pass@1"] < found["pass@2"] < found["pass@4"] == 1.0
+    assert found["pass@4_low"] == 1.0
 
 
 def options(cfg: Config, **changes: object) -> Config:
@@ -109,6 +129,35 @@ def test_the_program_writes_numbers_protocol_and_every_completion(
     assert record["protocol"]["temperature"] == 1.0
     assert record["protocol"]["num_eval_generations"] == 2
     assert "accuracy" in capsys.readouterr().out
+
+
+def test_lengths_are_evaluated_side_by_side(
+    trained: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = trained().data.train_file
+    config = tmp_path / "eval.yaml"
+    config.write_text(dump(trained(f"output_dir={tmp_path / 'out'}")), encoding="utf-8")
+    words = ["eval", str(config), f"eval_file={file}", "eval_limit=3", "task=gsm8k"]
+    assert main([*words, "eval_lengths=4,8"]) == 0
+    out = tmp_path / "out"
+    record = json.loads((out / "evaluation.json").read_text())
+    assert list(record["lengths"]) == ["4", "8"]
+    assert record["metrics"] == record["lengths"]["8"]
+    facts = record["protocol"]
+    assert (facts["max_completion_length"], facts["diffusion_steps"]) == ([4, 8], [2, 4])
+    assert (facts["task"], facts["first_prompt"], facts["num_problems"]) == ("gsm8k", "0 + 3 =", 3)
+    assert facts["versions"]["torch"]
+    lines = [json.loads(text) for text in (out / "predictions.jsonl").read_text().splitlines()]
+    assert [(x["max_completion_length"], x["row"]) for x in lines] == [
+        (n, r) for n in (4, 8) for r in range(3)
+    ]
+    assert record["lengths"]["4"]["verify/completions"] == 3
+    assert "4 tokens" in capsys.readouterr().out
+    assert main([*words, "eval_lengths=6"]) == 2
+    assert (
+        "eval_lengths must be multiples of block_length=4 that keep 8/4 tokens"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,19 @@ from torch import Tensor
 from igpo.config import RewardConfig
 from igpo.types import Graded, Prompt, Rollouts
 
-from .functions import CORRECTNESS, RewardFunction, Values, load_function
-from .verify import verify
+from .answers import has_answer
+from .functions import CORRECTNESS, SCORE, RewardFunction, Values, load_function
+from .pool import VerifierPool, shared_pool
+from .references import ANSWER_TASKS, ReferenceColumnError, reference
+from .tasks import check
+from .verdict import ReferenceValueError, Verdict
 
 Grade = Callable[[Rollouts, Sequence[Prompt]], Graded]
 Verifier = Callable[[str, Prompt], bool]
+
+ANSWER = (
+    "answer"  # the task that compares final answers in this process, in time linear in the text
+)
 
 
 class RewardError(RuntimeError):
@@ -33,19 +41,23 @@ def make_grader(tokenizer: Any, cfg: RewardConfig, *, verifier: Verifier | None 
 
     Args:
         tokenizer: decodes a completion: its tokens before the first EOS, without special tokens.
-        cfg: reward_funcs are "correctness" (1 where the verifier accepts), "format", or "module:function" in TRL's form
-            `(prompts, completions, **columns) -> list[float | None]`; async functions are awaited together. They get
-            every dataset column as a list. reward_weights has one number per function, or is empty for ones.
-        verifier: (completion, prompt) -> bool; default: the final answer equals prompt.answer. It alone says which rows
-            are correct, whatever their reward. A prompt without an answer has no correct completion by default, and
-            "correctness" does not apply to it.
+        cfg: reward_funcs are "correctness" (1 where the verifier accepts), "score" (the verdict's), names of
+            igpo.rewards.REWARDS, or "module:function" in TRL's form `(prompts, completions, **columns) ->
+            list[float | None]`; async functions are awaited together. They get every dataset column as a list, and
+            completion_ids if they name it. reward_weights has one number per function, or is empty for ones. task says
+            what is correct: "answer" compares the final answer with prompt.answer; the tasks of
+            `igpo.rewards.verify` are judged in worker processes (verify_workers, verify_timeout_s).
+        verifier: (completion, prompt) -> bool, instead of the task. It alone says which rows are correct, whatever
+            their reward. A prompt without an answer (or reference) has no correct completion, and "correctness" does
+            not apply to it.
     Returns:
         (rollouts, prompts) -> Graded, where row b belongs to prompts[group_ids[b]]. A reward is the weighted sum over
-        the functions that did not answer None.
+        the functions that did not answer None. metrics, of tasks judged in workers: verify/completions,
+        verify/timeouts and verify/failures of this call.
     Raises:
-        ValueError: here, when a name or the number of weights is wrong. RewardError: when grading, for a wrong number
-        of values, a value that is not a finite number, or a row to which no function applies. What a reward function
-        raises goes through.
+        ValueError: here, when a name, the task or the number of weights is wrong. RewardError: when grading, for a
+        wrong number of values, a value that is not a finite number, a row to which no function applies, or one whose
+        reference is missing or not what the task needs. What a reward function raises goes through.
     """
     names = cfg.reward_funcs
     if not names:
@@ -55,8 +67,18 @@ def make_grader(tokenizer: Any, cfg: RewardConfig, *, verifier: Verifier | None 
         raise ValueError(
             f"reward_weights must have one number per reward function, got {len(weights)} for {len(names)}."
         )
-    functions = {name: load_function(name) for name in names if name != CORRECTNESS}
-    return _Grader(tokenizer, dict(zip(names, weights, strict=True)), functions, verifier)
+    functions = {name: load_function(name) for name in names if name not in (CORRECTNESS, SCORE)}
+    if verifier is None:
+        verifier = _text_verifier if cfg.task == ANSWER else None
+        if cfg.task != ANSWER:
+            check(cfg.task, cfg.compat)
+        elif cfg.compat is not None:
+            raise ValueError(f"compat must be none for task=answer, got {cfg.compat!r}. Set task.")
+    return _Grader(tokenizer, dict(zip(names, weights, strict=True)), functions, verifier, cfg)
+
+
+def _text_verifier(text: str, prompt: Prompt) -> bool:
+    return prompt.answer is not None and has_answer(text, prompt.answer)
 
 
 @dataclass(frozen=True)
@@ -64,14 +86,17 @@ class _Grader:
     tokenizer: Any
     weights: Mapping[str, float]
     functions: Mapping[str, RewardFunction]
-    verifier: Verifier | None
+    verifier: Verifier | None  # None: cfg.task, in the worker processes
+    cfg: RewardConfig
 
     def __call__(self, rollouts: Rollouts, prompts: Sequence[Prompt]) -> Graded:
         owners = [prompts[group] for group in rollouts.canvas.group_ids.tolist()]
-        texts = completion_texts(rollouts, self.tokenizer)
-        correct = [self._is_correct(text, owner) for text, owner in zip(texts, owners, strict=True)]
-        parts = self._parts(texts, owners, correct)
+        ids = completion_ids(rollouts)
+        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+        verdicts, metrics = self._verdicts(texts, owners)
+        parts = self._parts(texts, ids, owners, verdicts)
         device = rollouts.tokens.device
+        correct = [verdict is not None and verdict.correct for verdict in verdicts]
         return Graded(
             rollouts=rollouts,
             rewards=self._total(parts, owners).float().to(device),
@@ -79,23 +104,32 @@ class _Grader:
             rescued=torch.zeros(len(texts), dtype=torch.bool, device=device),
             completions=tuple(texts),
             parts={name: part.float().to(device) for name, part in parts.items()},
+            metrics=metrics,
         )
 
-    def _is_correct(self, text: str, prompt: Prompt) -> bool:
-        if self.verifier is not None:
-            return bool(self.verifier(text, prompt))
-        return prompt.answer is not None and verify(text, prompt.answer)
+    def _verdicts(
+        self, texts: Sequence[str], owners: Sequence[Prompt]
+    ) -> tuple[list[Verdict | None], dict[str, float]]:
+        """None for rows with nothing to compare with."""
+        if self.verifier is None:
+            pool = shared_pool(self.cfg.verify_workers, self.cfg.verify_timeout_s)
+            before = pool.metrics()
+            verdicts = _judge(pool, texts, owners, self.cfg)
+            return verdicts, {name: n - before[name] for name, n in pool.metrics().items()}
+        judge, applies = self.verifier, self.verifier is not _text_verifier
+        return [
+            Verdict.of(bool(judge(text, owner)), None) if applies or owner.answer is not None else None
+            for text, owner in zip(texts, owners, strict=True)
+        ], {}  # fmt: skip
 
     def _parts(
-        self, texts: Sequence[str], owners: Sequence[Prompt], correct: Sequence[bool]
-    ) -> dict[str, Tensor]:
+        self, texts: Sequence[str], ids: Sequence[Sequence[int]], owners: Sequence[Prompt],
+        verdicts: Sequence[Verdict | None],
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Name -> (B,) float64, NaN for None, in the order of reward_funcs."""
-        found = _call(self.functions, [p.text for p in owners], texts, _columns(owners))
-        if CORRECTNESS in self.weights:
-            applies = [self.verifier is not None or p.answer is not None for p in owners]
-            found[CORRECTNESS] = [
-                float(c) if a else None for c, a in zip(correct, applies, strict=True)
-            ]
+        found = _call(self.functions, [p.text for p in owners], texts, ids, _columns(owners))
+        found[CORRECTNESS] = [None if v is None else float(v.correct) for v in verdicts]
+        found[SCORE] = [None if v is None else v.score for v in verdicts]
         return {name: _checked(name, found[name], owners) for name in self.weights}
 
     def _total(self, parts: Mapping[str, Tensor], owners: Sequence[Prompt]) -> Tensor:
@@ -110,14 +144,38 @@ class _Grader:
         return (values.masked_fill(absent, 0.0) * weights).sum(0)
 
 
+def _judge(
+    pool: VerifierPool, texts: Sequence[str], owners: Sequence[Prompt], cfg: RewardConfig
+) -> list[Verdict | None]:
+    jobs = []
+    for text, owner in zip(texts, owners, strict=True):
+        row = dict(owner.columns)
+        if cfg.task in ANSWER_TASKS or ":" in cfg.task:
+            row["answer"] = owner.answer
+        try:
+            wanted = reference(cfg.task, row)
+        except ReferenceColumnError as error:
+            raise RewardError(f"dataset row {owner.row_id}: {error}") from error
+        jobs.append(None if wanted is None else pool.submit(cfg.task, text, wanted, cfg.compat))
+    verdicts: list[Verdict | None] = []
+    for job, owner in zip(jobs, owners, strict=True):
+        try:
+            verdicts.append(None if job is None else job.result())
+        except ReferenceValueError as error:
+            raise RewardError(f"dataset row {owner.row_id}: {error}") from error
+    return verdicts
+
+
+def completion_ids(rollouts: Rollouts) -> list[list[int]]:
+    """The tokens of each completion before its first EOS."""
+    eos = rollouts.canvas.eos_id
+    rows = rollouts.completion.tolist()
+    return [ids[: ids.index(eos)] if eos in ids else ids for ids in rows]
+
+
 def completion_texts(rollouts: Rollouts, tokenizer: Any) -> list[str]:
     """Each completion up to its first EOS, decoded without special tokens."""
-    eos = rollouts.canvas.eos_id
-    texts = []
-    for ids in rollouts.completion.tolist():
-        end = ids.index(eos) if eos in ids else len(ids)
-        texts.append(tokenizer.decode(ids[:end], skip_special_tokens=True))
-    return texts
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in completion_ids(rollouts)]
 
 
 def _columns(owners: Sequence[Prompt]) -> dict[str, list[Any]]:
@@ -127,14 +185,15 @@ def _columns(owners: Sequence[Prompt]) -> dict[str, list[Any]]:
 
 def _call(
     functions: Mapping[str, RewardFunction], prompts: Sequence[str], completions: Sequence[str],
-    columns: Mapping[str, Sequence[Any]],
+    ids: Sequence[Sequence[int]], columns: Mapping[str, Sequence[Any]],
 ) -> dict[str, Values]:  # fmt: skip
     """The functions' answers; those of async ones are awaited together, in a thread of their own, as the caller may
     run inside an event loop (notebooks do)."""
     answers: dict[str, Values] = {}
     waiting: dict[str, Awaitable[Values]] = {}
     for name, function in functions.items():
-        result = function(prompts=list(prompts), completions=list(completions), **columns)
+        named = {"completion_ids": ids} if _names(function, "completion_ids") else {}
+        result = function(prompts=list(prompts), completions=list(completions), **named, **columns)
         if inspect.isawaitable(result):
             waiting[name] = result
         else:
@@ -144,6 +203,10 @@ def _call(
             results = pool.submit(asyncio.run, _gather(list(waiting.values()))).result()
         answers |= dict(zip(waiting, results, strict=True))
     return answers
+
+
+def _names(function: RewardFunction, parameter: str) -> bool:
+    return parameter in inspect.signature(function).parameters
 
 
 async def _gather(waiting: Sequence[Awaitable[Values]]) -> list[Values]:

@@ -127,6 +127,39 @@ def test_a_function_by_its_path() -> None:
     assert graded.rewards.tolist() == [1.0, 0.0]
 
 
+def test_a_task_is_judged_in_worker_processes(functions: dict[str, Any]) -> None:
+    prompts = [
+        Prompt("q", (5,), 0, columns={"numbers": [2, 3], "target": 6}),
+        Prompt("q", (5,), 1, columns={"numbers": [2, 4], "target": 6}),
+    ]
+    found = rollouts("<answer>2*3</answer>", "<answer>2*4</answer>", prompts=prompts)
+    cfg = RewardConfig(("score", "correctness"), (2.0, 1.0), task="countdown")
+    graded = make_grader(TOKENIZER, cfg)(found, prompts)
+    assert graded.correct.tolist() == [True, False]
+    assert graded.rewards.tolist() == [3.0, 0.0]
+    assert graded.metrics == {
+        "verify/completions": 2.0, "verify/timeouts": 0.0, "verify/failures": 0.0
+    }  # fmt: skip
+    for columns, message in (
+        ({"numbers": [2, 4]}, r"dataset row 1: .*'countdown' needs column 'target', got numbers"),
+        ({"numbers": "2,4", "target": 6}, r"dataset row 1: .* must be \{\"numbers\""),
+    ):
+        bad = [prompts[0], Prompt("q", (5,), 1, columns=columns)]
+        with pytest.raises(RewardError, match=message):
+            make_grader(TOKENIZER, cfg)(found, bad)
+
+
+def test_an_answer_task_reads_the_answer_of_the_prompt() -> None:
+    cfg = RewardConfig(task="gsm8k", compat="d1")
+    graded = make_grader(TOKENIZER, cfg)(rollouts(r"\boxed{2}", "4"), PROMPTS)
+    assert graded.correct.tolist() == [True, False]  # the default would accept the last number
+
+
+def test_functions_that_name_them_get_the_tokens(functions: dict[str, Any]) -> None:
+    functions["length"] = lambda completion_ids, **_: [float(len(ids)) for ids in completion_ids]
+    assert grader("length")(rollouts("2", "44"), PROMPTS).rewards.tolist() == [1.0, 2.0]
+
+
 def test_a_verifier_replaces_the_comparison_of_answers() -> None:
     prompts = [Prompt("say a", (5,), 0), Prompt("say b", (5,), 1)]
     texts = ("a", "a")
@@ -178,7 +211,7 @@ def test_what_a_function_raises_goes_through(functions: dict[str, Any]) -> None:
         (
             ("formats",),
             (),
-            r"must be correctness, format or module:function, got 'formats'. The nearest one is 'format'",
+            r"must be correctness, score, format, .* or module:function, got 'formats'. The nearest one is 'format'",
         ),
         (("no_such_module:f",), (), r"there is no module 'no_such_module' on the path"),
         (("math:nope",), (), r"module 'math' has no attribute 'nope'"),

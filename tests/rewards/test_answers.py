@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from igpo.rewards import extract_answer, same_answer, verify
-from igpo.rewards.verify import number
+from igpo.rewards import extract_answer, has_answer, same_answer
+from igpo.rewards.answers import number
 
 
 @pytest.mark.parametrize(
@@ -62,12 +62,12 @@ def test_numbers_are_exact(value: int, places: int) -> None:
     text = ("-" if value < 0 else "") + text
     assert number(text) == scaled
     assert number(f"{value:,}") == value
-    assert verify(f"so\n#### {text}", str(scaled))
+    assert has_answer(f"so\n#### {text}", str(scaled))
 
 
 @given(st.text(max_size=200), st.text(max_size=20))
 def test_any_text_gets_a_verdict(completion: str, answer: str) -> None:
-    assert verify(completion, answer) in (True, False)
+    assert has_answer(completion, answer) in (True, False)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,6 @@ def test_any_text_gets_a_verdict(completion: str, answer: str) -> None:
 )
 def test_hostile_completions_are_wrong_and_cheap(completion: str) -> None:
     start = time.process_time()
-    assert not verify(completion, "18")
-    assert not verify(completion, r"\frac{a}{b}")
+    assert not has_answer(completion, "18")
+    assert not has_answer(completion, r"\frac{a}{b}")
     assert time.process_time() - start < 5  # seconds, for 1 MB; a quadratic scan would take an hour

@@ -9,16 +9,16 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from igpo.text import last_box
+
 MARKER = "####"
 LONGEST_NUMBER = 100  # characters; longer ones are compared as text
-LONGEST_BOX = 10_000  # characters between the braces of an answer
 _NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?|[-+]?\$?\.\d+")
 _VALUE = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:/\d+)?")
-_BOXED = "\\boxed{"
 _LATEX = re.compile(r"\\(?:left|right|,|;|!|text|mathrm|displaystyle)\b|\\[,;!]")
 
 
-def verify(completion: str, answer: str) -> bool:
+def has_answer(completion: str, answer: str) -> bool:
     """Does the completion end in this answer? See extract_answer and same_answer."""
     found = extract_answer(completion)
     return found is not None and same_answer(found, answer)
@@ -37,7 +37,7 @@ def extract_answer(completion: str) -> str | None:
     _, marker, after = completion.rpartition(MARKER)
     if marker:
         return after.strip().partition("\n")[0].strip() or None
-    boxed = _boxed(completion)
+    boxed = last_box(completion)
     if boxed is not None:
         return boxed
     return max(_NUMBER.finditer(completion), key=re.Match.end, default=[None])[0]
@@ -75,20 +75,6 @@ def number(text: str) -> Fraction | None:
         return None
     value = Fraction(over) / int(under or 1)
     return -value if sign else value
-
-
-def _boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{…} whose braces close, within LONGEST_BOX."""
-    start = text.rfind(_BOXED)
-    if start < 0:
-        return None
-    depth = 1
-    begin = start + len(_BOXED)
-    for end in range(begin, min(len(text), begin + LONGEST_BOX)):
-        depth += (text[end] == "{") - (text[end] == "}")
-        if depth == 0:
-            return text[begin:end].strip()
-    return None
 
 
 def _normal(text: str) -> str:
