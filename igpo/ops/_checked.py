@@ -22,7 +22,8 @@ FORMAT = 1
 class Record:
     """One row of one op passed its tests on one class of GPU.
 
-    device_class: "sm_90", by compute capability. date: ISO. median_ms: benchmark case -> milliseconds, cold L2.
+    device_class: "sm_90", by compute capability. date: ISO. sanitizer: compute-sanitizer's tool
+    -> "clean", "out of time" or "not run". median_ms: benchmark case -> milliseconds, cold L2.
     """
 
     op: str
@@ -35,6 +36,7 @@ class Record:
     torch: str
     triton: str
     tests_passed: int
+    sanitizer: Mapping[str, str]
     median_ms: Mapping[str, float]
 
     def place(self) -> str:

@@ -18,7 +18,7 @@ GPU = torch.device("cuda", 0)
 def record(backend: str, device_class: str = "sm_90", **median_ms: float) -> _checked.Record:
     return _checked.Record(
         "toy", backend, device_class, "NVIDIA H200", "580.1", "2026-12-01", "abc1234", "2.11.0", "3.6.0",
-        tests_passed=3, median_ms=median_ms,
+        tests_passed=3, sanitizer={}, median_ms=median_ms,
     )  # fmt: skip
 
 
