@@ -48,7 +48,7 @@ def bench_forward_mask(benchmark, request, canvas: tuple[int, int]) -> None:
             providers=found,
             gate=gate,
             bytes=canvas[0] * canvas[1] * (2 * 8 + 2),
-            counted="tokens read and written (8 B each), two masks (1 B each) per position",
+            counted="tokens read and written (8 B each), two masks (1 B each) per position; integer work",
             skipped=skipped,
         ),
     )

@@ -55,7 +55,7 @@ def bench_keep_top_entropy(benchmark, request, canvas: tuple[int, int]) -> None:
             providers=found,
             gate=lambda result: close(result, truth, rtol=0, atol=0),
             bytes=rows * length * (4 + 2),
-            counted="entropy (4 B), candidates and kept (1 B each) per position",
+            counted="entropy (4 B), candidates and kept (1 B each) per position; integer work",
             skipped=skipped,
         ),
     )

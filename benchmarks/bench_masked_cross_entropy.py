@@ -59,7 +59,10 @@ def bench_masked_cross_entropy(benchmark, request, rows: Rows, scored: float) ->
             providers=found,
             gate=lambda result: near(result, truth, error=error),
             bytes=int(logits.numel() * logits.element_size() * (scored + 1)),
-            counted="the logits of scored rows read once, the gradient of every row written once: (k + N) V s",
+            # per logit of a scored row: maximum 1, x - m 1, exp 1, its sum 1; the gradient p 1, times weight 1
+            flops=int(logits.numel() * scored) * 6,
+            counted="the logits of scored rows read once, the gradient of every row written once: (k + N) V s; "
+            "6 FLOP per scored logit",
             skipped=skipped,
         ),
     )

@@ -47,7 +47,7 @@ def bench_merge_hints(benchmark, request, canvas: tuple[int, int]) -> None:
             providers=found,
             gate=lambda result: close(result, truth, rtol=0, atol=0),
             bytes=canvas[0] * canvas[1] * (2 * 8 + 2),
-            counted="8 B of tokens or of hints, 8 B merged, 1 B hint mask, 1 B generate mask per position",
+            counted="8 B of tokens or of hints, 8 B merged, 1 B of each mask per position; integer work",
             skipped=skipped,
         ),
     )

@@ -65,7 +65,7 @@ def bench_sample_hint_mask(benchmark, request, canvas: tuple[int, int]) -> None:
             providers=found,
             gate=gate,
             bytes=rows * length,
-            counted="the mask written once (1 B per position)",
+            counted="the mask written once (1 B per position); integer work",
             skipped=skipped,
         ),
     )

@@ -13,6 +13,9 @@ from igpo.ops import token_logprob, use_backend
 CPU_ROWS = 64
 # how often N V values are read or written
 PASSES = {"forward": 1, "backward": 2, "forward+backward": 3}
+# per logit. forward: maximum 1, (x - m) / T 2, exp 1, its sum 1, the entropy's 2; backward: log p 2, exp 1, + H 1,
+# g + h · 2, the product 1
+FLOPS = {"forward": 7, "backward": 7, "forward+backward": 14}
 
 
 def eager(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +74,8 @@ def bench_token_logprob(benchmark, request, rows: Rows, phase: str) -> None:
             providers=found,
             gate=gate,
             bytes=logits.numel() * logits.element_size() * PASSES[phase],
-            counted="N V s per pass: forward reads the logits; backward reads them and writes the gradient",
+            flops=logits.numel() * FLOPS[phase],
+            counted="N V s per pass: forward reads the logits, backward too and writes the gradient; 7 FLOP each way",
             skipped=skipped,
         ),
     )

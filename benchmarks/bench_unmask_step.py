@@ -100,7 +100,9 @@ def bench_unmask_step(benchmark, request, rows: Rows, temperature: float, masked
             providers=found,
             gate=gate,
             bytes=int(logits.numel() * logits.element_size() * masked),
-            counted="the logits of every masked position, read once: k V s",
+            # per logit: maximum 1, x - m 1, exp 1, its sum 1, the entropy's 2; a draw: x / T 2, exp 1, its sum 1
+            flops=int(logits.numel() * masked) * (10 if temperature else 6),
+            counted="the logits of every masked position, read once: k V s; 6 FLOP per logit, 10 with a draw",
             skipped=skipped,
         ),
     )

@@ -39,12 +39,13 @@ class Timing:
     median: float
     p20: float
     p80: float
+    least: float
     rounds: int
     host: float
 
     def milliseconds(self) -> dict[str, float]:
-        times = {"median": self.median, "p20": self.p20, "p80": self.p80, "host": self.host}
-        return {f"{name}_ms": seconds * 1e3 for name, seconds in times.items()}
+        names = ("median", "p20", "p80", "least", "host")
+        return {f"{name}_ms": getattr(self, name) * 1e3 for name in names}
 
 
 def summary(seconds: list[float], host: float) -> Timing:
@@ -54,7 +55,7 @@ def summary(seconds: list[float], host: float) -> Timing:
     def at(share: float) -> float:
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
-    return Timing(at(0.5), at(0.2), at(0.8), len(ordered), host)
+    return Timing(at(0.5), at(0.2), at(0.8), ordered[0], len(ordered), host)
 
 
 class L2Flush:
