@@ -23,9 +23,6 @@ declare -A LIMIT=(
 STAGES=("$@")
 [ ${#STAGES[@]} -gt 0 ] || STAGES=(build test sanitize bench suite)
 export PYTHONUNBUFFERED=1 IGPO_TEST_DEVICE=cuda
-mkdir -p "$OUT"
-OUT=$(cd "$OUT" && pwd)
-: >"$OUT/stages.tsv"
 
 die() {
   echo "gpu_check: $1" >&2
@@ -95,6 +92,9 @@ for stage in "${STAGES[@]}"; do
 done
 "$PYTHON" -c 'import torch' 2>/dev/null || die "$PYTHON has no torch; run \`make test\` once, or set PYTHON"
 "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || die "torch sees no GPU"
+mkdir -p "$OUT" || die "cannot write to $OUT"
+OUT=$(cd "$OUT" && pwd)
+: >"$OUT/stages.tsv"
 
 for stage in "${STAGES[@]}"; do
   echo "== $stage (at most ${LIMIT[$stage]} s): $OUT/$stage.log"
