@@ -23,6 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--quick", action="store_true", help="a few problems of each op")
     group.addoption(
+        "--providers", default="", help="comma-separated: these and our own rows, not every rival"
+    )
+    group.addoption(
         "--budget", type=float, default=0, help="seconds after which no further case is begun"
     )
 

@@ -84,7 +84,14 @@ def _under(backend: str, function: Callable) -> Callable:
     return run
 
 
+def wanted(request: pytest.FixtureRequest, name: str) -> bool:
+    chosen = request.config.getoption("--providers")
+    return not chosen or name in chosen.split(",")
+
+
 def why_no_compile(request: pytest.FixtureRequest, rows: int = 0) -> str:
+    if not wanted(request, COMPILE):
+        return "not among --providers"
     if request.config.getoption("--tiny"):
         return "--tiny: torch.compile is not run"
     if DEVICE == "cuda" and rows and rows not in COMPILED_ROWS:
@@ -120,8 +127,10 @@ def providers(
 
     found = {"igpo": run(functions["igpo"])}
     found |= {f"igpo-{name}": run(functions["igpo"], name) for name in our_rows(op)}
-    found |= {name: run(function) for name, function in functions.items() if name != "igpo"}
+    rest = {n: f for n, f in functions.items() if n != "igpo" and wanted(request, n)}
+    found |= {name: run(function) for name, function in rest.items()}
     rivals, skipped = peers.find(kind, DEVICE)
+    rivals = {name: rival for name, rival in rivals.items() if wanted(request, name)}
     reason = why_no_compile(request, rows)
     if reason:
         skipped[COMPILE] = reason

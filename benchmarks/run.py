@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -27,14 +28,17 @@ ORDER = ("unmask_step", "token_logprob", "masked_cross_entropy", "linear_masked_
 OPS = [path.stem.removeprefix("bench_") for path in sorted(HERE.glob("bench_*.py"))]
 
 
-def run_pytest(op: str, options: list[str], output: Path) -> int:
+def run_pytest(op: str, options: list[str], output: Path, threads: int) -> int:
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     command = [sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"), "--rootdir", str(HERE)]  # fmt: skip
     command += [str(HERE / f"bench_{op}.py"), *options, f"--benchmark-json={output}"]
-    command += ["--benchmark-columns=median", "-rs"]
-    return subprocess.run(command, check=False).returncode
+    command += ["--benchmark-quiet", "-rs"]
+    return subprocess.run(command, check=False, env=environment).returncode
 
 
-def measured(ops: list[str], options: list[str], budget: float) -> tuple[list[dict], list[str]]:
+def measured(
+    ops: list[str], options: list[str], budget: float, threads: int
+) -> tuple[list[dict], list[str]]:
     """(records, ops whose run failed)."""
     records, failed = [], []
     end = time.monotonic() + budget
@@ -42,7 +46,7 @@ def measured(ops: list[str], options: list[str], budget: float) -> tuple[list[di
         share = [f"--budget={max(1.0, (end - time.monotonic()) / left):.0f}"] if budget else []
         with tempfile.TemporaryDirectory() as folder:
             raw = Path(folder) / "raw.json"
-            if run_pytest(op, [*options, *share], raw) not in (0, 5):
+            if run_pytest(op, [*options, *share], raw, threads) not in (0, 5):
                 failed.append(op)
             if raw.exists() and raw.read_text().strip():
                 entries = json.loads(raw.read_text())["benchmarks"]
@@ -50,11 +54,15 @@ def measured(ops: list[str], options: list[str], budget: float) -> tuple[list[di
     return records, failed
 
 
-def benchmark(ops: list[str], options: list[str], budget: float = 0) -> dict:
-    """Runs them and returns what is written: the machine, one record per case, the ops that failed."""
+def benchmark(ops: list[str], options: list[str], budget: float = 0, threads: int = 0) -> dict:
+    """Runs them and returns what is written: the machine, one record per case, the ops that failed.
+
+    threads: of the CPU kernels and torch; 0: as many as they take.
+    """
     order = sorted(ops, key=lambda op: (ORDER.index(op) if op in ORDER else len(ORDER), op))
-    records, failed = measured(order, options, budget)
-    return {"machine": report.machine(), "cases": records, "failed": failed}
+    records, failed = measured(order, options, budget, threads)
+    where = report.machine() | ({"threads": threads} if threads else {})
+    return {"machine": where, "cases": records, "failed": failed}
 
 
 def main() -> int:
