@@ -1,10 +1,15 @@
-"""From what the benchmarks wrote down to records and tables."""
+"""From what the benchmarks wrote down to records and tables.
+
+python benchmarks/report.py RESULT.json     the table of docs/performance.md
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
+import sys
 from datetime import date
 from pathlib import Path
 
@@ -105,3 +110,26 @@ def table(records: list[dict]) -> str:
             )
         lines += [f"  {name:14} not timed: {why}" for name, why in r["skipped"].items()]
     return "\n".join(lines)
+
+
+def markdown(result: dict) -> str:
+    """Least times over ours' and our peak memory, one line per case."""
+    cases = result["cases"]
+    names = list(dict.fromkeys(n for c in cases for n in c["providers"] if n != "igpo"))
+    lines = [
+        f"| case | ours, ms | {' | '.join(names)} | ours, peak MiB |",
+        "|---" * (len(names) + 3) + "|",
+    ]
+    for case in cases:
+        ours = case["providers"]["igpo"]
+        found = [case["providers"].get(name) for name in names]
+        cells = [f"{p['least_ms'] / ours['least_ms']:.2f}x" if p else "" for p in found]
+        name = f"`{case['op']}`{case['case'].removeprefix(case['op'])}"
+        lines.append(
+            f"| {name} | {ours['least_ms']:.3g} | {' | '.join(cells)} | {ours['peak_mib']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown(json.loads(Path(sys.argv[1]).read_text())))

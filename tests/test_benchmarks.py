@@ -232,3 +232,55 @@ def test_the_table_names_what_was_not_timed(bench) -> None:
     text = bench("report").table([case("op 8x16", igpo=1.0, eager=2.0)])
     assert "op 8x16: 1.00 MB, 0.00 GFLOP; at best 0.5 ms" in text
     assert "quack          not timed: it is not installed" in text
+
+
+def test_the_markdown_table_has_a_line_per_case(bench) -> None:
+    text = bench("report").markdown(result(case("op 8x16", igpo=1, eager=2), case("op 9x16", igpo=2, quack=1)))  # fmt: skip
+    assert text.splitlines()[2:] == [
+        "| `op` 8x16 | 1 | 2.00x |  | 1.0 |",
+        "| `op` 9x16 | 2 |  | 0.50x | 1.0 |",
+    ]
+
+
+# --- targets ---
+
+
+def test_targets_ask_for_cases_that_the_benchmarks_have(bench) -> None:
+    targets, shapes, asked = bench("targets"), bench("shapes"), set()
+
+    class Cases(dict):
+        def get(self, name: str, default=None):
+            asked.add(name)
+            return default
+
+    assert {t.value(Cases()) for t in targets.targets()} == {None}
+    variants = {
+        "token_logprob": ("forward", "backward", "forward+backward"),
+        "masked_cross_entropy": ("scored=100%", "scored=50%"),
+        "unmask_step": ("T=0 masked=100%", "T=1.2 masked=100%", "T=0 masked=25%"),
+    }
+    rows, heads = shapes.rows(64, "full", "cuda"), shapes.heads("quick", "cuda")
+    there = {f"{op} {r} {v}" for op, every in variants.items() for v in every for r in rows}
+    there |= {f"linear_masked_cross_entropy {h}" for h in heads}
+    there |= {f"policy_loss {b}x{n} forward+backward" for b, n in shapes.canvases("quick")}
+    assert asked <= there
+
+
+def test_targets_are_computed_from_the_fastest_of_our_rows(bench) -> None:
+    targets = bench("targets")
+    names = [f"unmask_step {n}x126464 bfloat16 T=0 masked=100%" for n in (32, 256)]
+    made = {name: {"providers": {"igpo": {"median_ms": 0.05, "of_best": 0.2},
+                                 "igpo-cuda": {"median_ms": 0.007, "of_best": 0.8},
+                                 "eager": {"median_ms": 0.001, "of_best": 2.0}}} for name in names}  # fmt: skip
+    text = targets.table(made)
+    assert "| unmask_step in all, 32 rows | <= 8 us | 7 us | yes |" in text
+    assert "| unmask_step, T = 0, 256 rows and more | >= 90 % of copy | 80 % of copy | no |" in text
+    assert "| policy_loss, 64 x 256 | <= 10 us | not yet measured |  |" in text
+
+
+def test_the_page_lists_every_target(bench) -> None:
+    targets = bench("targets")
+    page = targets.PAGE.read_text()
+    for target in targets.targets():
+        assert f"| {target.what} |" in page, "run benchmarks/targets.py --write"
+    assert page.count(targets.BEGIN) == page.count(targets.END) == 1
