@@ -5,8 +5,8 @@
     --budget SECONDS                                  for all of it, shared by the ops
     --output FILE                                     instead of benchmarks/results/…
 
-On a GPU when torch sees one, else on the CPU. Every op runs in a process of its own. A ratio is a rival's median over
-ours, measured in turn; absolute times are this machine's and no more.
+On a GPU when torch sees one, else on the CPU. The ops on logits run in processes of their own, the others in one. A
+ratio is a rival's median over that of the fastest of our rows, measured in turn; absolute times are this machine's.
 """
 
 from __future__ import annotations
@@ -24,14 +24,28 @@ import report
 
 HERE = Path(__file__).parent
 # what matters most first: a budget may end the run early
-ORDER = ("unmask_step", "token_logprob", "masked_cross_entropy", "linear_masked_cross_entropy")
+ALONE = (
+    "unmask_step",
+    "token_logprob",
+    "masked_cross_entropy",
+    "linear_masked_cross_entropy",
+    "linear_logprob",
+)
 OPS = [path.stem.removeprefix("bench_") for path in sorted(HERE.glob("bench_*.py"))]
 
 
-def run_pytest(op: str, options: list[str], output: Path, threads: int) -> int:
+def groups(ops: list[str]) -> list[list[str]]:
+    """Which ops share a process, in the order of the run."""
+    found = [[op] for op in ALONE if op in ops]
+    rest = sorted(set(ops) - set(ALONE))
+    return [*found, rest] if rest else found
+
+
+def run_pytest(ops: list[str], options: list[str], output: Path, threads: int) -> int:
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     command = [sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"), "--rootdir", str(HERE)]  # fmt: skip
-    command += [str(HERE / f"bench_{op}.py"), *options, f"--benchmark-json={output}"]
+    command += [*(str(HERE / f"bench_{op}.py") for op in ops), *options]
+    command += [f"--benchmark-json={output}"]
     command += ["--benchmark-quiet", "-rs"]
     return subprocess.run(command, check=False, env=environment).returncode
 
@@ -39,15 +53,16 @@ def run_pytest(op: str, options: list[str], output: Path, threads: int) -> int:
 def measured(
     ops: list[str], options: list[str], budget: float, threads: int
 ) -> tuple[list[dict], list[str]]:
-    """(records, ops whose run failed)."""
+    """(records, the ops of the processes that failed)."""
     records, failed = [], []
     end = time.monotonic() + budget
-    for left, op in zip(range(len(ops), 0, -1), ops, strict=True):
+    every = groups(ops)
+    for left, together in zip(range(len(every), 0, -1), every, strict=True):
         share = [f"--budget={max(1.0, (end - time.monotonic()) / left):.0f}"] if budget else []
         with tempfile.TemporaryDirectory() as folder:
             raw = Path(folder) / "raw.json"
-            if run_pytest(op, [*options, *share], raw, threads) not in (0, 5):
-                failed.append(op)
+            if run_pytest(together, [*options, *share], raw, threads) not in (0, 5):
+                failed += together
             if raw.exists() and raw.read_text().strip():
                 entries = json.loads(raw.read_text())["benchmarks"]
                 records += [report.record(e) for e in entries if e["extra_info"]]
@@ -59,8 +74,7 @@ def benchmark(ops: list[str], options: list[str], budget: float = 0, threads: in
 
     threads: of the CPU kernels and torch; 0: as many as they take.
     """
-    order = sorted(ops, key=lambda op: (ORDER.index(op) if op in ORDER else len(ORDER), op))
-    records, failed = measured(order, options, budget, threads)
+    records, failed = measured(ops, options, budget, threads)
     where = report.machine() | ({"threads": threads} if threads else {})
     return {"machine": where, "cases": records, "failed": failed}
 

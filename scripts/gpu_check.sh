@@ -18,7 +18,7 @@ cd "$(dirname "$0")/.." || exit
 OUT=${OUT:-benchmarks/results}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 declare -A LIMIT=(
-  [build]=${BUILD_S:-140} [test]=${TEST_S:-200} [sanitize]=${SANITIZE_S:-200} [bench]=${BENCH_S:-160} [suite]=${SUITE_S:-70}
+  [build]=${BUILD_S:-130} [test]=${TEST_S:-190} [sanitize]=${SANITIZE_S:-180} [bench]=${BENCH_S:-210} [suite]=${SUITE_S:-60}
 )
 STAGES=("$@")
 [ ${#STAGES[@]} -gt 0 ] || STAGES=(build test sanitize bench suite)
@@ -64,12 +64,13 @@ suite() {
 
 # memcheck with the caching allocator off, so that each tensor has bounds of its own; racecheck for shared memory
 sanitize() {
-  local tool backend status failed=0 share=$((LIMIT[sanitize] / 4))
+  local tool backend status failed=0 share=$((LIMIT[sanitize] / 4)) sanitizer
+  sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
   for backend in cuda triton; do
     for tool in memcheck racecheck; do
       echo "== $tool, $backend"
       PYTORCH_NO_CUDA_MEMORY_CACHING=1 within "$share" \
-        compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
+        "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 \
         "$PYTHON" scripts/sanitize_ops.py --backend "$backend"
       status=$?
       printf 'sanitize:%s:%s\t%s\t0\n' "$tool" "$backend" "$status" >>"$OUT/stages.tsv"
@@ -84,7 +85,7 @@ bench() {
   read -ra args <<<"${BENCH_ARGS:---quick}"
   # the last seconds are for what an op has begun when the budget ends
   within "${LIMIT[bench]}" "$PYTHON" benchmarks/run.py "${args[@]}" \
-    --budget $((LIMIT[bench] * 3 / 4)) --output "$OUT/bench.json"
+    --budget $((LIMIT[bench] * 4 / 5)) --output "$OUT/bench.json"
 }
 
 for stage in "${STAGES[@]}"; do

@@ -144,6 +144,15 @@ def test_a_gpu_is_asked_for_the_shapes_of_8b_models(bench) -> None:
     assert {r.rows for r in shapes.rows(64, "full", "cpu")} == {64}
 
 
+def test_ops_on_logits_run_alone_the_others_together(bench) -> None:
+    run = bench("run")
+    assert sorted(run.OPS) == sorted(OPS)
+    assert run.groups(["policy_loss", "merge_hints", "token_logprob"]) == [
+        ["token_logprob"], ["merge_hints", "policy_loss"]
+    ]  # fmt: skip
+    assert sorted(sum(run.groups(run.OPS), [])) == sorted(OPS)
+
+
 # --- compare ---
 
 
@@ -235,7 +244,8 @@ def test_the_table_names_what_was_not_timed(bench) -> None:
 
 
 def test_the_markdown_table_has_a_line_per_case(bench) -> None:
-    text = bench("report").markdown(result(case("op 8x16", igpo=1, eager=2), case("op 9x16", igpo=2, quack=1)))  # fmt: skip
+    cases = case("op 8x16", igpo=1, eager=2), case("op 9x16", igpo=2, quack=1)
+    text = bench("report").markdown(result(*cases))
     assert text.splitlines()[2:] == [
         "| `op` 8x16 | 1 | 2.00x |  | 1.0 |",
         "| `op` 9x16 | 2 |  | 0.50x | 1.0 |",

@@ -206,7 +206,7 @@ def test_gpu_check_goes_on_after_a_stage_that_failed_and_says_so(tmp_path: Path)
     calls = (tmp_path / "calls").read_text()
     assert "-m pip install -v --no-build-isolation --no-deps --no-index -e ." in calls
     assert "--tool memcheck --error-exitcode 9" in calls
-    assert "benchmarks/run.py --quick --budget 30 --output" in calls
+    assert "benchmarks/run.py --quick --budget 32 --output" in calls
     (written,) = (tmp_path / "out").glob("gpu-*.json")
     assert json.loads(written.read_text())["stages"]["suite"]["status"] == 124
     assert re.search(r"suite +out of time", done.stdout)
