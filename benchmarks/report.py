@@ -14,6 +14,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from shapes import DEVICE
 
 from igpo.ops import _native
 
@@ -34,7 +35,7 @@ def machine() -> dict[str, object]:
     if info.exists():
         lines = [x for x in info.read_text().splitlines() if "model name" in x]
         cpu = lines[0].split(":")[1].strip() if lines else cpu
-    gpu = torch.cuda.is_available()
+    gpu = DEVICE == "cuda"
     return {
         "date": date.today().isoformat(),
         "cpu": cpu,

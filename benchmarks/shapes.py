@@ -5,11 +5,13 @@ Sizes: "full"; "quick" (a few problems of each op, minutes in all); "tiny" (gate
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# IGPO_BENCH_DEVICE=cpu: the CPU of a machine with a GPU
+DEVICE = os.environ.get("IGPO_BENCH_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
 LLADA, DREAM, SMALL, TINY = 126464, 151936, 4099, 517
 GPU_ROWS = (32, 64, 128, 256, 512, 1024, 4096)
 GPU_VOCABULARIES = (SMALL, 32000, DREAM, 262144)

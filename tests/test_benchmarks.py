@@ -72,12 +72,18 @@ def test_a_wrong_rival_is_named_and_not_timed_but_our_own_code_may_not_be_wrong(
         gate = lambda x: harness.close(x, torch.ones(2), rtol=0, atol=0)  # noqa: E731
         return harness.Case("op", {"problem": "p", "variant": ""}, runs, gate, 1, "")
 
+    def full() -> None:
+        raise torch.OutOfMemoryError("no room")
+
     one, zero = lambda: torch.ones(2), lambda: torch.zeros(2)
     passed, skipped = harness.gated(made(igpo=one, igpo_cuda=refusing, quack=zero, liger=lambda: 1 / 0))  # fmt: skip
     assert set(passed) == {"igpo"}
     assert skipped["igpo-cuda"] == "it takes no such thing"
     assert skipped["quack"].startswith("wrong: AssertionError: result 0")
     assert skipped["liger"].startswith("failed: ZeroDivisionError")
+    assert harness.gated(made(igpo=one, research=full))[1]["research"].endswith("no room")
+    with pytest.raises(torch.OutOfMemoryError):
+        harness.gated(made(igpo=full))
     for name in ("igpo", "eager"):
         with pytest.raises(AssertionError, match="result 0"):
             harness.gated(made(**{"igpo": one, name: zero}))
@@ -150,7 +156,7 @@ def test_ops_on_logits_run_alone_the_others_together(bench) -> None:
     assert run.groups(["policy_loss", "merge_hints", "token_logprob"]) == [
         ["token_logprob"], ["merge_hints", "policy_loss"]
     ]  # fmt: skip
-    assert sorted(sum(run.groups(run.OPS), [])) == sorted(OPS)
+    assert sorted(op for group in run.groups(run.OPS) for op in group) == sorted(OPS)
 
 
 # --- compare ---
