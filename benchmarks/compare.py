@@ -32,7 +32,7 @@ Speedups = dict[str, dict[str, float]]  # case -> our row -> eager's time over o
 
 
 def benchmark(ops: list[str]) -> dict:
-    """On one thread: what else the machine does meets two threads that wait for each other twice."""
+    """On a CPU with one thread, whose processor time is taken: what else the machine does counts little."""
     return run.benchmark(ops, QUICK, threads=1)
 
 

@@ -94,15 +94,18 @@ def _turns(names: list[str], rounds: int):
 
 
 def _wall(run: Run, device: str, calls: int = 1) -> float:
+    """Seconds per call. With one CPU thread those of the processor: what other programs take of it does not count."""
     arguments = run.arguments()
+    alone = device == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
     if device == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(calls):
         run.call(*arguments)
     if device == "cuda":
         torch.cuda.synchronize()
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
 
 
 def _cpu(runs: Mapping[str, Run], seconds: float) -> dict[str, Timing]:
