@@ -49,17 +49,16 @@ build() {
 
 # the tests of the ops, on every backend that runs here
 test_ops() {
-  local folders=(tests/ops) args
-  [ -d tests/cuda ] && folders+=(tests/cuda)
+  local args
   read -ra args <<<"$(workers) ${TEST_ARGS:-}"
-  within "${LIMIT[test]}" "$PYTHON" -m pytest "${folders[@]}" "${args[@]}" --junitxml="$OUT/junit.xml" -rf
+  OMP_NUM_THREADS=1 within "${LIMIT[test]}" "$PYTHON" -m pytest tests/ops "${args[@]}" --junitxml="$OUT/junit.xml" -rf
 }
 
 # everything else
 suite() {
   local args
   read -ra args <<<"$(workers) ${TEST_ARGS:-}"
-  within "${LIMIT[suite]}" "$PYTHON" -m pytest tests --ignore=tests/ops --ignore=tests/cuda "${args[@]}" -rf
+  OMP_NUM_THREADS=1 within "${LIMIT[suite]}" "$PYTHON" -m pytest tests --ignore=tests/ops "${args[@]}" -rf
 }
 
 # memcheck with the caching allocator off, so that each tensor has bounds of its own; racecheck for shared memory

@@ -6,6 +6,7 @@ python scripts/gpu_report.py FOLDER      reads stages.tsv, junit.xml, bench.json
 from __future__ import annotations
 
 import json
+import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
@@ -31,13 +32,17 @@ def stages(text: str) -> dict[str, dict[str, int]]:
     return found
 
 
-def op_of(classname: str) -> str | None:
-    """The op a test file is about: tests.ops.test_unmask_step_draws -> unmask_step."""
-    stem = next((x for x in classname.split(".") if x.startswith("test_")), "").removeprefix(
-        "test_"
-    )
+def ops_of(case: ElementTree.Element) -> list[str]:
+    """The ops a test is about: test_unmask_step_draws.py -> unmask_step; test_linear_gpu.py -> both linear_ ops; else
+    those its name or id holds; none when nothing says so."""
+    classes = case.get("classname", "").split(".")
+    stem = next((x for x in classes if x.startswith("test_")), "").removeprefix("test_")
     fitting = [op for op in OPS if stem == op or stem.startswith(f"{op}_")]
-    return max(fitting, key=len, default=None)
+    if fitting:
+        return [max(fitting, key=len)]
+    named = [op for op in OPS if op in re.split(r"[\[\]-]", case.get("name", ""))]
+    family = stem.removesuffix("_gpu")
+    return named or [op for op in OPS if family and op.startswith(f"{family}_")]
 
 
 def outcome(case: ElementTree.Element) -> str:
@@ -47,16 +52,19 @@ def outcome(case: ElementTree.Element) -> str:
 
 
 def counts(junit: str) -> Counts:
-    """Tests per op and GPU backend: those whose id names the backend, as in test_matches_reference[triton-…]."""
+    """Tests per op and GPU backend: those whose id names the backend, as in test_matches_reference[triton-…].
+
+    A failure in a test that names a backend but no op counts against every op.
+    """
     found: Counts = defaultdict(
         lambda: defaultdict(lambda: {"passed": 0, "failed": 0, "skipped": 0})
     )
     for case in ElementTree.fromstring(junit).iter("testcase"):
         words = case.get("name", "").partition("[")[2].rstrip("]").split("-")
-        op = op_of(case.get("classname", "")) or next((w for w in words if w in OPS), None)
-        for backend in GPU_BACKENDS:
-            if op and backend in words:
-                found[op][backend][outcome(case)] += 1
+        result, ops = outcome(case), ops_of(case)
+        for backend in set(GPU_BACKENDS) & set(words):
+            for op in ops or (OPS if result == "failed" else ()):
+                found[op][backend][result] += 1
     return json.loads(json.dumps(found))
 
 

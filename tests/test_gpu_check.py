@@ -58,6 +58,7 @@ JUNIT = """<testsuites><testsuite>
 <testcase classname="tests.ops.test_linear_masked_cross_entropy" name="test_x[triton-fp32]"/>
 <testcase classname="tests.ops.test_masked_cross_entropy" name="test_x[cuda]"><error message="no"/></testcase>
 <testcase classname="tests.cuda.test_graphs" name="test_captures[cuda-merge_hints]"/>
+<testcase classname="tests.ops.test_linear_gpu" name="test_peak[cuda-4096]"/>
 <testcase classname="tests.ops.test_token_logprob" name="test_x[cpu]"/>
 <testcase classname="tests.ops.test_token_logprob" name="test_without_a_backend"/>
 </testsuite></testsuites>"""
@@ -70,10 +71,22 @@ def test_tests_are_counted_by_op_and_gpu_backend(script) -> None:
             "cuda": {"passed": 1, "failed": 1, "skipped": 0},
             "triton": {"passed": 0, "failed": 0, "skipped": 1},
         },
-        "linear_masked_cross_entropy": {"triton": {"passed": 1, "failed": 0, "skipped": 0}},
+        "linear_masked_cross_entropy": {
+            "triton": {"passed": 1, "failed": 0, "skipped": 0},
+            "cuda": {"passed": 1, "failed": 0, "skipped": 0},
+        },
+        "linear_logprob": {"cuda": {"passed": 1, "failed": 0, "skipped": 0}},
         "masked_cross_entropy": {"cuda": {"passed": 0, "failed": 1, "skipped": 0}},
         "merge_hints": {"cuda": {"passed": 1, "failed": 0, "skipped": 0}},
     }
+
+
+def test_a_failure_that_names_no_op_counts_against_all(script) -> None:
+    case = '<testcase classname="tests.test_graphs" name="test_x[cuda]">{}</testcase>'
+    counts = script("gpu_report").counts
+    assert counts(f"<s>{case.format('')}</s>") == {}
+    found = counts(f"<s>{case.format('<failure/>')}</s>")
+    assert {op: b["cuda"]["failed"] for op, b in found.items()} == dict.fromkeys(OPS, 1)
 
 
 @pytest.mark.parametrize(("status", "complete"), [(0, True), (1, True), (2, False), (124, False)])
