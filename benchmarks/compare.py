@@ -71,6 +71,15 @@ def of_ops(found: Speedups, ops: list[str]) -> Speedups:
     return {case: rows for case, rows in found.items() if case.split()[0] in ops}
 
 
+def markdown(found: Speedups) -> str:
+    """The table of docs/performance.md, of a baseline."""
+    lines = [f"| case | {REFERENCE} / ours |", "|---|---|"]
+    for case, rows in sorted(found.items()):
+        op, _, rest = case.partition(" ")
+        lines.append(f"| `{op}` {rest} | {rows['igpo']:.2f} |")
+    return "\n".join(lines)
+
+
 def save(path: Path, result: dict, ops: list[str]) -> None:
     """Writes the speed-ups of a run; those of other ops stay."""
     old = json.loads(path.read_text())["speedups"] if path.exists() else {}

@@ -221,6 +221,9 @@ def test_baselines_belong_to_a_kind_of_machine(bench) -> None:
         saved = json.loads(path.read_text())
         assert path.stem == report.kind(saved["machine"])
         assert {name.split()[0] for name in saved["speedups"]} == set(OPS)
+        if not saved["machine"]["gpu"]:
+            page = (ROOT / "docs" / "performance.md").read_text()
+            assert bench("compare").markdown(saved["speedups"]) in page, path.name
 
 
 # --- plot, table ---
