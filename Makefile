@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NATIVE := $(wildcard csrc/* kernels/gpu/*.cu kernels/gpu/*.cuh) setup.py pyproject.toml
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench bench-compare clean
 .DELETE_ON_ERROR:
 
 .venv/.packages: pyproject.toml requirements.txt
@@ -30,6 +30,9 @@ test: check
 
 bench: .venv/.built
 	$(BIN)/python benchmarks/run.py
+
+bench-compare: .venv/.built
+	$(BIN)/python benchmarks/compare.py
 
 clean:
 	rm -rf .venv build *.egg-info igpo/_C*.so

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
-from harness import Case, compiled, measure
+from harness import Case, measure, providers
+from shapes import DEVICE
 from torch import Tensor
 
 from igpo.ops import forward_mask
@@ -13,8 +13,12 @@ MASK = 126336
 
 
 def eager(tokens: Tensor, maskable: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    masked = (torch.rand(tokens.shape) < t[:, None]) & maskable
+    masked = (torch.rand(tokens.shape, device=t.device) < t[:, None]) & maskable
     return torch.where(masked, MASK, tokens), masked
+
+
+def ours(tokens: Tensor, maskable: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    return forward_mask(tokens, maskable, t, mask_id=MASK, seed=1)
 
 
 def research(tokens: Tensor, maskable: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,12 +27,9 @@ def research(tokens: Tensor, maskable: Tensor, t: Tensor) -> tuple[Tensor, Tenso
     return torch.cat([r[0] for r in rows]), torch.cat([r[1] for r in rows])
 
 
-@pytest.mark.parametrize("provider", ["igpo", "eager", "compile", "research"])
-@pytest.mark.parametrize("shape", [(64, 256), (512, 1024)], ids=str)
-def bench_forward_mask(benchmark, request, shape: tuple[int, int], provider: str) -> None:
-    tokens = torch.randint(0, MASK, shape)
-    maskable, t = torch.rand(shape) < 0.9, torch.rand(shape[0])
-    fused = compiled(eager, request) if provider == "compile" else eager
+def bench_forward_mask(benchmark, request, canvas: tuple[int, int]) -> None:
+    tokens = torch.randint(0, MASK, canvas, device=DEVICE)
+    maskable, t = torch.rand(canvas, device=DEVICE) < 0.9, torch.rand(canvas[0], device=DEVICE)
 
     def gate(result: tuple[Tensor, Tensor]) -> None:
         noisy, masked = result
@@ -37,16 +38,17 @@ def bench_forward_mask(benchmark, request, shape: tuple[int, int], provider: str
         rate = masked.sum() / (maskable * t[:, None]).sum()
         assert 0.9 < rate < 1.1, f"masked {rate:.3f} of the expected number"
 
-    case = Case(
-        name=f"forward_mask {shape[0]}x{shape[1]}",
-        providers={
-            "igpo": lambda: forward_mask(tokens, maskable, t, mask_id=MASK, seed=1),
-            "eager": lambda: eager(tokens, maskable, t),
-            "compile": lambda: fused(tokens, maskable, t),
-            "research": lambda: research(tokens, maskable, t),
-        },
-        gate=gate,
-        bytes=shape[0] * shape[1] * (2 * 8 + 2),
-        counted="tokens read and written (8 B each), two masks (1 B each) per position",
+    functions = {"igpo": ours, "eager": eager, "research": research}
+    found, skipped = providers("forward_mask", request, functions, lambda f: f(tokens, maskable, t))
+    measure(
+        benchmark,
+        Case(
+            op="forward_mask",
+            axes={"problem": f"{canvas[0]}x{canvas[1]}", "variant": ""},
+            providers=found,
+            gate=gate,
+            bytes=canvas[0] * canvas[1] * (2 * 8 + 2),
+            counted="tokens read and written (8 B each), two masks (1 B each) per position; integer work",
+            skipped=skipped,
+        ),
     )
-    measure(benchmark, case, provider)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
-from harness import Case, close, compiled, measure
+from harness import Case, close, measure, providers
+from shapes import DEVICE
 from torch import Tensor
 
 from igpo.ops import keep_top_entropy, use_backend
@@ -17,10 +17,13 @@ def eager(entropy: Tensor, candidates: Tensor) -> Tensor:
     keep = (count.double() * FRACTION).floor().clamp(min=1)
     score = torch.where(candidates, entropy, -torch.inf)
     order = score.argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        1, order, torch.arange(entropy.shape[1]).expand_as(order)
-    )
+    places = torch.arange(entropy.shape[1], device=entropy.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, places)
     return candidates & (rank < keep)
+
+
+def ours(entropy: Tensor, candidates: Tensor) -> Tensor:
+    return keep_top_entropy(entropy, candidates, FRACTION)
 
 
 def research(entropy: Tensor, candidates: Tensor) -> Tensor:
@@ -36,24 +39,23 @@ def research(entropy: Tensor, candidates: Tensor) -> Tensor:
     return kept
 
 
-@pytest.mark.parametrize("provider", ["igpo", "eager", "compile", "research"])
-@pytest.mark.parametrize("shape", [(64, 256), (512, 1024)], ids=str)
-def bench_keep_top_entropy(benchmark, request, shape: tuple[int, int], provider: str) -> None:
-    entropy = torch.stack([torch.randperm(shape[1]).float() for _ in range(shape[0])])  # no ties
-    candidates = torch.rand(shape) < 0.4
-    fused = compiled(eager, request) if provider == "compile" else eager
+def bench_keep_top_entropy(benchmark, request, canvas: tuple[int, int]) -> None:
+    rows, length = canvas
+    entropy = torch.stack([torch.randperm(length) for _ in range(rows)]).float()  # no ties
+    args = entropy.to(DEVICE), torch.rand(canvas, device=DEVICE) < 0.4
     with use_backend("reference"):
-        truth = keep_top_entropy(entropy, candidates, FRACTION)
-    case = Case(
-        name=f"keep_top_entropy {shape[0]}x{shape[1]}",
-        providers={
-            "igpo": lambda: keep_top_entropy(entropy, candidates, FRACTION),
-            "eager": lambda: eager(entropy, candidates),
-            "compile": lambda: fused(entropy, candidates),
-            "research": lambda: research(entropy, candidates),
-        },
-        gate=lambda result: close(result, truth, rtol=0, atol=0),
-        bytes=shape[0] * shape[1] * (4 + 2),
-        counted="entropy (4 B), candidates and kept (1 B each) per position",
+        truth = ours(*args)
+    functions = {"igpo": ours, "eager": eager, "research": research}
+    found, skipped = providers("keep_top_entropy", request, functions, lambda f: f(*args))
+    measure(
+        benchmark,
+        Case(
+            op="keep_top_entropy",
+            axes={"problem": f"{rows}x{length}", "variant": ""},
+            providers=found,
+            gate=lambda result: close(result, truth, rtol=0, atol=0),
+            bytes=rows * length * (4 + 2),
+            counted="entropy (4 B), candidates and kept (1 B each) per position; integer work",
+            skipped=skipped,
+        ),
     )
-    measure(benchmark, case, provider)

@@ -1,18 +1,28 @@
-"""linear_logprob against a matmul followed by the row op: time and peak memory."""
+"""linear_logprob, forward and backward, against a matmul followed by the row op: time and peak memory."""
 
 from __future__ import annotations
 
-import pytest
 import torch
-from linear_cases import full_logits, run_linear
+from linear_cases import exact_logits, full_logits, run_linear
+from shapes import Head
 from torch import Tensor
 
 from igpo.ops import linear_logprob, token_logprob
 
 
+def from_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    counts = targets != -100
+    logp = torch.log_softmax(logits, -1)
+    chosen = logp.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+    return chosen * counts, -(logp.exp() * logp).sum(-1) * counts
+
+
 def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    logp = torch.log_softmax(full_logits(hidden, weight), -1)
-    return logp.gather(-1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+    return from_logits(full_logits(hidden, weight), targets)
+
+
+def exact(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return from_logits(exact_logits(hidden, weight), targets)
 
 
 def unfused(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,12 +33,6 @@ def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
     return linear_logprob(hidden, weight, targets)
 
 
-@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-@pytest.mark.parametrize("provider", ["igpo", "unfused", "eager", "compile"])
-def bench_linear_logprob(
-    benchmark, request, vocabulary, dtype, provider: str, trained: bool
-) -> None:
+def bench_linear_logprob(benchmark, request, head: Head) -> None:
     functions = {"igpo": ours, "unfused": unfused, "eager": eager}
-    run_linear(
-        benchmark, request, "linear_logprob", functions, vocabulary, dtype, provider, trained
-    )
+    run_linear(benchmark, request, "linear_logprob", functions, exact, head)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
-from harness import Case, close, compiled, measure
+from harness import Case, close, measure, providers
+from shapes import DEVICE
 
 from igpo.ops import merge_hints, use_backend
 
@@ -16,6 +16,10 @@ def eager(tokens: torch.Tensor, hints: torch.Tensor, hint_mask: torch.Tensor) ->
     return merged, merged == MASK
 
 
+def ours(tokens: torch.Tensor, hints: torch.Tensor, hint_mask: torch.Tensor) -> tuple:
+    return merge_hints(tokens, hints, hint_mask, mask_id=MASK)
+
+
 def research(tokens: torch.Tensor, hints: torch.Tensor, hint_mask: torch.Tensor) -> tuple:
     merged = tokens.clone()
     for row in range(
@@ -25,23 +29,25 @@ def research(tokens: torch.Tensor, hints: torch.Tensor, hint_mask: torch.Tensor)
     return merged, merged == MASK
 
 
-@pytest.mark.parametrize("provider", ["igpo", "eager", "compile", "research"])
-@pytest.mark.parametrize("shape", [(64, 256), (512, 1024)], ids=str)
-def bench_merge_hints(benchmark, request, shape: tuple[int, int], provider: str) -> None:
-    args = torch.full(shape, MASK), torch.randint(0, MASK, shape), torch.rand(shape) < 0.3
-    with use_backend("reference"):
-        truth = merge_hints(*args, mask_id=MASK)
-    fused = compiled(eager, request) if provider == "compile" else eager
-    case = Case(
-        name=f"merge_hints {shape[0]}x{shape[1]}",
-        providers={
-            "igpo": lambda: merge_hints(*args, mask_id=MASK),
-            "eager": lambda: eager(*args),
-            "compile": lambda: fused(*args),
-            "research": lambda: research(*args),
-        },
-        gate=lambda result: close(result, truth, rtol=0, atol=0),
-        bytes=shape[0] * shape[1] * (3 * 8 + 2),
-        counted="8 B tokens + 8 B hints + 8 B merged + 1 B hint mask + 1 B generate mask per position",
+def bench_merge_hints(benchmark, request, canvas: tuple[int, int]) -> None:
+    args = (
+        torch.full(canvas, MASK, device=DEVICE),
+        torch.randint(0, MASK, canvas, device=DEVICE),
+        torch.rand(canvas, device=DEVICE) < 0.3,
     )
-    measure(benchmark, case, provider)
+    with use_backend("reference"):
+        truth = ours(*args)
+    functions = {"igpo": ours, "eager": eager, "research": research}
+    found, skipped = providers("merge_hints", request, functions, lambda f: f(*args))
+    measure(
+        benchmark,
+        Case(
+            op="merge_hints",
+            axes={"problem": f"{canvas[0]}x{canvas[1]}", "variant": ""},
+            providers=found,
+            gate=lambda result: close(result, truth, rtol=0, atol=0),
+            bytes=canvas[0] * canvas[1] * (2 * 8 + 2),
+            counted="8 B of tokens or of hints, 8 B merged, 1 B of each mask per position; integer work",
+            skipped=skipped,
+        ),
+    )

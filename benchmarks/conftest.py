@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -8,31 +9,47 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import DTYPES, TINY_VOCABULARY, VOCABULARIES
+import shapes
+
+START = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
+    group = parser.getgroup("igpo")
+    group.addoption(
         "--tiny",
         action="store_true",
         help="small shapes: every correctness gate runs, timings mean nothing",
     )
+    group.addoption("--quick", action="store_true", help="a few problems of each op")
+    group.addoption(
+        "--providers", default="", help="comma-separated: these and our own rows, not every rival"
+    )
+    group.addoption(
+        "--budget", type=float, default=0, help="seconds after which no further case is begun"
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    options = metafunc.config.option
+    size = "tiny" if options.tiny else "quick" if options.quick else "full"
+    if "rows" in metafunc.fixturenames:
+        found = shapes.rows(metafunc.module.CPU_ROWS, size)
+        metafunc.parametrize("rows", found, ids=[str(x).replace(" ", "-") for x in found])
+    if "head" in metafunc.fixturenames:
+        found = shapes.heads(size)
+        metafunc.parametrize("head", found, ids=[str(x).replace(" ", "-") for x in found])
+    if "canvas" in metafunc.fixturenames:
+        found = shapes.canvases(size)
+        metafunc.parametrize("canvas", found, ids=[f"{b}x{n}" for b, n in found])
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    budget = item.config.option.budget
+    if budget and time.monotonic() - START > budget:
+        pytest.skip(f"the time of {budget:g} s is spent")
 
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(params=DTYPES)
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return DTYPES[request.param]
-
-
-@pytest.fixture(params=VOCABULARIES)
-def vocabulary(request: pytest.FixtureRequest) -> int:
-    if request.config.getoption("--tiny"):
-        if request.param != "small":
-            pytest.skip("--tiny: one vocabulary is enough")
-        return TINY_VOCABULARY
-    return VOCABULARIES[request.param]

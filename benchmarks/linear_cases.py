@@ -1,69 +1,88 @@
-"""The rivals of the linear_* ops: the same row op on logits that are held whole."""
+"""What the benchmarks of the linear_* ops share: inputs, the exact result, the bare products, and how all are run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from harness import Case, close, compiled, measure, peak_mib
+from harness import Case, axes, measure, near, providers
+from shapes import DEVICE, Head
+from timing import Run
 from torch import Tensor
 
-ROWS, WIDTH = 512, 256
+ERROR = {torch.bfloat16: 2e-2, torch.float32: 1e-3}
+COUNTED = (
+    "the head's weight read once per product and its gradient, if any, written; bound by arithmetic: "
+    "2 N D V FLOP each for the logits, the gradient of hidden, and that of a trained head; N: rows that count"
+)
 
 
-def inputs(vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    hidden = torch.randn(ROWS, WIDTH).to(dtype)
-    weight = (torch.randn(vocabulary, WIDTH) * 0.2).to(dtype)
-    return hidden, weight, torch.randint(0, vocabulary, (ROWS,))
+def inputs(head: Head) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden, weight, targets: logits of standard deviation 3, as a trained model's."""
+    hidden = torch.randn(head.rows, head.width, device=DEVICE).to(head.dtype)
+    weight = torch.randn(head.vocabulary, head.width, device=DEVICE) * (3 / head.width**0.5)
+    targets = torch.randint(0, head.vocabulary, (head.rows,), device=DEVICE)
+    targets[: int(head.rows * head.ignored)] = -100
+    return hidden, weight.to(head.dtype), targets
 
 
 def full_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """float32 logits of bfloat16 inputs need float32 operands on a CPU."""
+    """float32 logits. On a GPU the product of 16-bit matrices is 16-bit first, as in every trainer; a CPU widens."""
+    if hidden.device.type == "cuda":
+        return (hidden @ weight.t()).float()
+    return exact_logits(hidden, weight)
+
+
+def exact_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return hidden.float() @ weight.float().t()
 
 
-def run_linear(
-    benchmark,
-    request,
-    op: str,
-    functions: dict[str, Callable],
-    vocabulary: int,
-    dtype,
-    provider: str,
-    trained: bool,
-) -> None:
-    """functions: name -> f(hidden, weight, targets) -> outputs to differentiate; "unfused" is matmul + our op.
-    trained: whether the weight requires a gradient (under LoRA it does not)."""
-    hidden, weight, targets = inputs(vocabulary, dtype)
-    if provider == "compile":
-        functions = functions | {"compile": compiled(functions["eager"], request)}
+def products(hidden: Tensor, weight: Tensor, trained: bool) -> Callable[[], object]:
+    """The matrix products that no algorithm avoids, in the library's own speed: what a fused op is held against."""
+    gradient = torch.randn(len(hidden), len(weight), device=hidden.device).to(hidden.dtype)
 
-    def call(name: str) -> tuple[Tensor, ...]:
-        inputs = hidden.detach().requires_grad_(), weight.detach().requires_grad_(trained)
-        leaves = inputs if trained else inputs[:1]
-        outputs = functions[name](*inputs, targets)
+    def run() -> list[Tensor]:
+        both = [hidden @ weight.t(), gradient @ weight]
+        return [*both, gradient.t() @ hidden] if trained else both
+
+    return run
+
+
+def run_linear(
+    benchmark, request, op: str, functions: dict[str, Callable], truth: Callable, head: Head
+) -> None:
+    """functions: name -> f(hidden, weight, targets) -> outputs to differentiate, "unfused" is a matmul and our row op;
+    truth: the same from exact_logits."""
+    hidden, weight, targets = inputs(head)
+    counted = int((targets != -100).sum())
+
+    def call(function) -> tuple[Tensor, ...]:
+        leaves = [
+            hidden.detach().requires_grad_(),
+            weight.detach().requires_grad_(head.trained),
+        ]
+        outputs = function(*leaves, targets)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         loss = torch.stack([x.float().sum() for x in outputs]).sum()
-        return (loss.detach(), *torch.autograd.grad(loss, leaves))
+        wanted = leaves if head.trained else leaves[:1]
+        return (loss.detach(), *torch.autograd.grad(loss, wanted))
 
-    truth = call("eager")
-    logits_mib = ROWS * vocabulary * 4 / 2**20
-    measured = provider == "igpo" or not benchmark.disabled
-    gradients_mib = sum(x.numel() * x.element_size() for x in truth[1:]) / 2**20
-    gate_rtol, gate_atol = (3e-2, 3e-1) if dtype == torch.bfloat16 else (1e-3, 2e-3)
-    case = Case(
-        name=f"{op} fwd+bwd {'trained' if trained else 'frozen'} {ROWS}x{WIDTH}x{vocabulary} {dtype}".replace(
-            "torch.", ""
+    right = call(truth)
+    found, skipped = providers(op, request, functions, call, kind=op, rows=head.rows)
+    found["products"] = Run(products(hidden[:counted], weight, head.trained))
+    measure(
+        benchmark,
+        Case(
+            op=op,
+            axes=axes(head) | {"width": head.width},
+            providers=found,
+            gate=lambda result: near(result, right, error=ERROR[head.dtype]),
+            bytes=(3 if head.trained else 2) * weight.numel() * weight.element_size(),
+            counted=COUNTED,
+            flops=(3 if head.trained else 2) * 2 * counted * weight.numel(),
+            bound="matmul",
+            dtype=head.dtype,
+            ungated=frozenset({"products"}),
+            skipped=skipped,
         ),
-        providers={name: lambda name=name: call(name) for name in functions},
-        gate=lambda result: close(result, truth, rtol=gate_rtol, atol=gate_atol),
-        bytes=(3 if trained else 2) * weight.numel() * weight.element_size(),
-        counted="the head's weight read twice and its gradient, if any, written once; compute-bound: "
-        "4*N*D*V FLOP, and 2*N*D*V more for the gradient of the weight",
-        facts={
-            "peak_mib": peak_mib(lambda: call(provider)) if measured else None,
-            "of_which_results_mib": gradients_mib,
-            "full_float32_logits_mib": logits_mib,
-        },
     )
-    measure(benchmark, case, provider)

@@ -1,127 +1,106 @@
-"""`make bench`: runs the benchmark files, prints one ratio table, writes one JSON into benchmarks/results/.
+"""`make bench`: runs the benchmark files, prints one table, writes one JSON into benchmarks/results/.
 
     python benchmarks/run.py                          every op
-    python benchmarks/run.py token_logprob -k bf16    one op; further arguments go to pytest
+    python benchmarks/run.py token_logprob --quick    one op, few problems; further arguments go to pytest
+    --budget SECONDS                                  for all of it, shared by the ops
+    --output FILE                                     instead of benchmarks/results/…
 
-A ratio is a rival's median over ours, measured in the same run; absolute times are this machine's and no more.
+On a GPU when torch sees one, else on the CPU. The ops on logits run in processes of their own, the others in one. A
+ratio is a rival's median over that of the fastest of our rows, measured in turn; absolute times are this machine's.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import platform
+import os
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
-from datetime import date
+import time
 from pathlib import Path
 
-import torch
-
-from igpo.ops import _native
+import report
 
 HERE = Path(__file__).parent
+# what matters most first: a budget may end the run early
+ALONE = (
+    "unmask_step",
+    "token_logprob",
+    "masked_cross_entropy",
+    "linear_masked_cross_entropy",
+    "linear_logprob",
+)
+OPS = [path.stem.removeprefix("bench_") for path in sorted(HERE.glob("bench_*.py"))]
 
 
-def run_pytest(files: list[str], options: list[str], output: Path) -> int:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-c",
-        str(HERE / "pytest.ini"),
-        "--rootdir",
-        str(HERE),
-    ]
-    command += [*files, *options, f"--benchmark-json={output}", "--benchmark-columns=median"]
-    return subprocess.run(command, check=False).returncode
+def groups(ops: list[str]) -> list[list[str]]:
+    """Which ops share a process, in the order of the run."""
+    found = [[op] for op in ALONE if op in ops]
+    rest = sorted(set(ops) - set(ALONE))
+    return [*found, rest] if rest else found
 
 
-def machine() -> dict[str, object]:
-    cpu, info = platform.processor(), Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x
-        ]
-        cpu = names[0] if names else cpu
-    commit = subprocess.run(
-        ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"],
-        capture_output=True, text=True, check=False,
-    ).stdout.strip()  # fmt: skip
-    return {
-        "date": date.today().isoformat(),
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "isa": "none" if _native.why_not() else _native.module().isa(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit,
-    }
+def run_pytest(ops: list[str], options: list[str], output: Path, threads: int) -> int:
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    command = [sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"), "--rootdir", str(HERE)]  # fmt: skip
+    command += [*(str(HERE / f"bench_{op}.py") for op in ops), *options]
+    command += [f"--benchmark-json={output}"]
+    command += ["--benchmark-quiet", "-rs"]
+    return subprocess.run(command, check=False, env=environment).returncode
 
 
-def summarise(report: dict) -> list[dict]:
-    """One record per case: our median, effective GB/s, and every rival's median over ours."""
-    cases: dict[str, dict[str, dict]] = defaultdict(dict)
-    for entry in report["benchmarks"]:
-        cases[entry["group"]][entry["extra_info"]["provider"]] = entry
-    return [record(name, providers) for name, providers in cases.items() if "igpo" in providers]
+def measured(
+    ops: list[str], options: list[str], budget: float, threads: int
+) -> tuple[list[dict], list[str]]:
+    """(records, the ops of the processes that failed)."""
+    records, failed = [], []
+    end = time.monotonic() + budget
+    every = groups(ops)
+    for left, together in zip(range(len(every), 0, -1), every, strict=True):
+        share = [f"--budget={max(1.0, (end - time.monotonic()) / left):.0f}"] if budget else []
+        with tempfile.TemporaryDirectory() as folder:
+            raw = Path(folder) / "raw.json"
+            if run_pytest(together, [*options, *share], raw, threads) not in (0, 5):
+                failed += together
+            if raw.exists() and raw.read_text().strip():
+                entries = json.loads(raw.read_text())["benchmarks"]
+                records += [report.record(e) for e in entries if e["extra_info"]]
+    return records, failed
 
 
-def record(name: str, providers: dict[str, dict]) -> dict:
-    ours = providers["igpo"]
-    median, info = ours["stats"]["median"], ours["extra_info"]
-    extras = {k for e in providers.values() for k in e["extra_info"]} - {
-        "provider",
-        "bytes",
-        "counted",
-    }
-    return {
-        "case": name,
-        "median_ms": median * 1e3,
-        "gb_per_s": info["bytes"] / median / 1e9,
-        "bytes": info["bytes"],
-        "counted": info["counted"],
-        "ratios": {p: e["stats"]["median"] / median for p, e in providers.items() if p != "igpo"},
-        **{k: {p: e["extra_info"].get(k) for p, e in providers.items()} for k in sorted(extras)},
-    }
+def benchmark(ops: list[str], options: list[str], budget: float = 0, threads: int = 0) -> dict:
+    """Runs them and returns what is written: the machine, one record per case, the ops that failed.
 
-
-def table(records: list[dict]) -> str:
-    rivals = list(dict.fromkeys(r for record in records for r in record["ratios"]))
-    width = max(len(r["case"]) for r in records)
-    heads = "  ".join(f"{rival + ' / ours':>15}" for rival in rivals)
-    lines = [f"{'case':{width}}  {'ours ms':>9}  {'GB/s':>6}  {heads}"]
-    for r in records:
-        cells = [f"{r['ratios'][x]:>14.2f}x" if x in r["ratios"] else f"{'-':>15}" for x in rivals]
-        start = f"{r['case']:{width}}  {r['median_ms']:9.3f}  {r['gb_per_s']:6.2f}  "
-        lines.append(start + "  ".join(cells))
-    return "\n".join(lines)
+    threads: of the CPU kernels and torch; 0: as many as they take.
+    """
+    records, failed = measured(ops, options, budget, threads)
+    where = report.machine() | ({"threads": threads} if threads else {})
+    return {"machine": where, "cases": records, "failed": failed}
 
 
 def main() -> int:
-    ops = [a for a in sys.argv[1:] if (HERE / f"bench_{a}.py").exists()]
-    options = [a for a in sys.argv[1:] if a not in ops]
-    files = [HERE / f"bench_{op}.py" for op in ops] or sorted(HERE.glob("bench_*.py"))
-    with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder) / "raw.json"
-        status = run_pytest([str(f) for f in files], options, raw)
-        if not raw.exists() or not raw.read_text().strip():
-            print("no benchmark was timed")
-            return status or 1
-        records = summarise(json.loads(raw.read_text()))
-    where = machine()
-    print(
-        f"\n{where['cpu']} ({where['isa']}), {where['threads']} threads, torch {where['torch']}\n"
-    )
-    print(table(records))
-    kind = "gpu" if where["gpu"] else "cpu"
-    output = HERE / "results" / f"{'-'.join([kind, str(where['date']), *(ops or ['all'])])}.json"
-    output.parent.mkdir(exist_ok=True)
-    output.write_text(json.dumps({"machine": where, "cases": records}, indent=1) + "\n")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
+    parser.add_argument("ops", nargs="*", metavar="OP", help=", ".join(OPS))
+    parser.add_argument("--budget", type=float, default=0)
+    parser.add_argument("--output", type=Path)
+    args, options = parser.parse_known_args()
+    unknown = [op for op in args.ops if op not in OPS]
+    if unknown:
+        parser.error(f"no benchmark {', '.join(unknown)}; there are: {', '.join(OPS)}")
+    result = benchmark(args.ops or OPS, options, args.budget)
+    where = result["machine"]
+    chip = where["gpu"] or f"{where['cpu']} ({where['isa']}), {where['threads']} threads"
+    print(f"\n{chip}, torch {where['torch']}")
+    print(report.table(result["cases"]))
+    name = f"{report.kind(where)}-{where['date']}-{'-'.join(args.ops or ['all'])}.json"
+    output = args.output or HERE / "results" / name
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\nwritten: {output}")
-    return status
+    if result["failed"]:
+        print(f"failed: {', '.join(result['failed'])}")
+    return 1 if result["failed"] or not result["cases"] else 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 
 import igpo
 
-from . import OPS, _native
+from . import OPS, _checked, _native
 from ._dispatch import Op
 
 
@@ -20,7 +20,8 @@ def rows(op: Op) -> list[tuple[str, str, str, str]]:
         reason = row.unavailable()
         if reason is None and not set(devices) & set(row.devices):
             reason = f"no {' or '.join(row.devices)} device"
-        out.append((op.name, row.name, reason or "runs here", row.checked or "not yet checked"))
+        checked = row.checked or _checked.places(op.name, row.name)
+        out.append((op.name, row.name, reason or "runs here", checked))
     return out
 
 

@@ -1,9 +1,9 @@
 """The one place where an op's backend is chosen.
 
 An op is a name and a list of rows, best first, the reference last. A row runs, or answers with a sentence saying why
-not. `auto` takes the first row that was checked on this kind of device and does not refuse; a forced row
-(`use_backend("triton")`, `IGPO_BACKEND=triton`) runs,
-or raises BackendError with its reason; nothing falls back unasked.
+not. `auto` takes, of the rows that were checked on this class of device and do not refuse, the one measured fastest
+there (_checked.py); a forced row (`use_backend("triton")`, `IGPO_BACKEND=triton`) runs, or raises BackendError with its
+reason; nothing falls back unasked.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import _native, _triton
+from . import _checked, _native, _triton
 
 
 class BackendError(RuntimeError):
@@ -34,7 +34,8 @@ class Backend:
     devices: torch device types it serves.
     unavailable: why it cannot run on this machine, or None.
     refuses: why it cannot take these arguments (those of the phase), or None.
-    checked: where its results were last held against the reference; "" = never, and then `auto` leaves it out.
+    checked: where its results were last held against the reference; "" = see checked.json, by class of device. `auto`
+        leaves out what was checked nowhere.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Op:
     name: str
     backends: tuple[Backend, ...]
     chosen: list[str] = field(default_factory=list)  # the row of the last call, for tests
+    ranked: dict[torch.device, tuple[Backend, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         OPS[self.name] = self
@@ -74,8 +76,8 @@ class Op:
     def choose(self, phase: str, device: torch.device, args: tuple) -> Backend:
         forced = _forced()
         if forced is None:
-            for row in self.backends:
-                if row.checked and row.why_not(device, phase, args) is None:
+            for row in self.ranked.get(device) or self.rank(device):
+                if row.why_not(device, phase, args) is None:
                     return row
             raise BackendError(
                 f"{self.name}: no backend runs on {device}. See `python -m igpo.ops`."
@@ -88,6 +90,17 @@ class Op:
                 raise BackendError(f"{self.name}: backend {forced!r} was forced, but {reason}.")
         names = ", ".join(row.name for row in self.backends)
         raise BackendError(f"{self.name}: there is no backend {forced!r}. It has: {names}.")
+
+    def rank(self, device: torch.device) -> tuple[Backend, ...]:
+        """The checked rows in the order `auto` tries them; asked once per device, then kept."""
+        named = {row.name: row for row in self.backends}
+        order = _checked.fastest_first(self.name, _checked.device_class(device))
+        fast = [
+            named[name] for name in order if name in named and device.type in named[name].devices
+        ]
+        rest = [row for row in self.backends if row.checked and row not in fast]
+        self.ranked[device] = tuple(fast + rest)
+        return self.ranked[device]
 
 
 _override: list[str] = []
