@@ -18,6 +18,8 @@ void cuda(pybind11::module_& m) {
   IGPO_BIND_CUDA(sum_rows);
 
   IGPO_BIND_CUDA(merge_hints);
+  IGPO_BIND_CUDA(unmask_step);
+  IGPO_BIND_CUDA(unmask_step_workspace);
 }
 
 }  // namespace igpo::bind

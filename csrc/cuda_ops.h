@@ -47,5 +47,13 @@ void masked_cross_entropy_scale(void* grad, const float* factor, const int64_t* 
                                 int64_t rows, int64_t vocab, int64_t ignore_index, int dtype, int device,
                                 uintptr_t stream);
 void sum_rows(const float* values, const int64_t* divisor, float* out, int64_t rows, int device, uintptr_t stream);
+int64_t unmask_step_workspace(int64_t rows, int64_t vocab, int dtype, int device, uintptr_t stream);
+void unmask_step(const void* logits, int64_t stride_b, int64_t stride_l, int dtype, const int64_t* tokens,
+                 const bool* eligible, int64_t num_unmask, const int64_t* num_unmask_rows, const int64_t* suppress,
+                 int64_t num_suppress, const int64_t* row_ids, int64_t* out, bool* committed, float* score,
+                 float* logprob, float* entropy, int64_t batch, int64_t length, int64_t vocab, int64_t mask_id,
+                 double temperature, int confidence, bool has_threshold, float threshold, bool gumbel,
+                 uint64_t token_key, uint64_t score_key, uint64_t gumbel_key, int64_t* workspace, int device,
+                 uintptr_t stream);
 
 }  // namespace igpo::cuda
