@@ -54,6 +54,21 @@ void unmask_step(const void* logits, int64_t stride_b, int64_t stride_l, int dty
                  float* logprob, float* entropy, int64_t batch, int64_t length, int64_t vocab, int64_t mask_id,
                  double temperature, int confidence, bool has_threshold, float threshold, bool gumbel,
                  uint64_t token_key, uint64_t score_key, uint64_t gumbel_key, int64_t* workspace, int device,
+void sample_hint_mask(const int64_t* trace_lengths, const double* ratio, const int64_t* row_ids, bool* out, int64_t rows,
+                      int64_t length, int64_t low, int64_t high, uint64_t key, int device, uintptr_t stream);
+
+void keep_top_entropy(const float* entropy, const bool* candidates, bool* out, int64_t rows, int64_t length,
+                      double fraction, int device, uintptr_t stream);
+
+void forward_mask(const int64_t* tokens, const bool* maskable, const double* t, const int64_t* row_ids, int64_t* noisy,
+                  bool* masked, int64_t rows, int64_t length, int64_t mask_id, uint64_t key, bool exact, int device,
+                  uintptr_t stream);
+
+void policy_loss(const float* logprob, const float* old_logprob, const float* advantages, const bool* token_mask,
+                 const float* ref_logprob, float* grad, float* loss, float* clip_fraction, float* divergence,
+                 float* ratio_mean, double* workspace, int64_t rows, int64_t length, int64_t logprob_stride,
+                 int64_t old_stride, int64_t advantage_stride, int64_t mask_stride, int64_t ref_stride, double low,
+                 double high, bool sequence, double kl_coef, int kl, int aggregate, double scale, int device,
                  uintptr_t stream);
 
 }  // namespace igpo::cuda

@@ -83,6 +83,11 @@ def gradient_like(
     return out, where
 
 
+def unit_stride(x: Tensor) -> Tensor:
+    """(B, L) with a row's elements beside each other, rows any stride apart; a copy where they are not."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
 def refuses(logits: Tensor, *_: object) -> str | None:
     """Why a native row cannot take these logits (or hidden states)."""
     if logits.dtype not in _native.DTYPE_TAG:
