@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -16,15 +17,17 @@ Stats = tuple[Tensor, Tensor, Tensor, Tensor]  # logprob, entropy, row_max, log_
 
 def _forward(
     row_op: _linear.RowOp, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None,
-    temperature: float, ignore_index: int, chunk_rows: int,
+    temperature: float, ignore_index: int, chunk_rows: int, compact: bool,
 ) -> Stats:  # fmt: skip
-    flat = targets.reshape(-1)
-    out = hidden.new_zeros((4, len(flat)), dtype=_rows.wide(hidden.dtype))
+    keep = targets != ignore_index
+    out = hidden.new_zeros((4, targets.numel()), dtype=_rows.wide(hidden.dtype))
     with torch.autocast(hidden.device.type, enabled=False):
-        head = _linear.Head(hidden, weight, bias, targets != ignore_index, chunk_rows)
-        for index, _, logits in head.chunks():
-            stats = row_op.forward(logits, flat[index], temperature, ignore_index)
-            out[:, index] = torch.stack(stats)
+        head = _linear.Head(
+            row_op, hidden, weight, bias, targets, keep, ignore_index, chunk_rows, compact
+        )
+        for rows, _, logits in head.chunks():
+            stats = row_op.forward(logits, head.targets[rows], temperature, ignore_index)
+            out[:, rows] = torch.stack(stats)
     logprob, entropy, row_max, log_sum = (row.clone().view(targets.shape) for row in out)
     return logprob, entropy, row_max, log_sum
 
@@ -32,24 +35,29 @@ def _forward(
 def _backward(
     row_op: _linear.RowOp, grad_logprob: Tensor, grad_entropy: Tensor, hidden: Tensor, weight: Tensor,
     targets: Tensor, bias: Tensor | None, entropy: Tensor, row_max: Tensor, log_sum: Tensor,
-    temperature: float, ignore_index: int, chunk_rows: int, needs: tuple[bool, bool, bool],
+    temperature: float, ignore_index: int, chunk_rows: int, compact: bool,
+    needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    per_row = [
-        x.reshape(-1) for x in (grad_logprob, grad_entropy, targets, entropy, row_max, log_sum)
-    ]
+    keep = targets != ignore_index
+    per_row = [x.reshape(-1) for x in (grad_logprob, grad_entropy, entropy, row_max, log_sum)]
+    # |g (onehot - p) - h p (log p + H)| <= |g| + |h| (1 + ln V)
+    bound = per_row[0].abs() + per_row[1].abs() * (1 + math.log(len(weight)))
     with torch.autocast(hidden.device.type, enabled=False):
-        head = _linear.Head(hidden, weight, bias, targets != ignore_index, chunk_rows)
-        grads = _linear.HeadGradient(head, *needs)
-        for index, states, logits in head.chunks():
-            g, h, *rest = (x[index] for x in per_row)
+        head = _linear.Head(
+            row_op, hidden, weight, bias, targets, keep, ignore_index, chunk_rows, compact
+        )
+        grads = _linear.HeadGradient(head, needs, bound / temperature)
+        for rows, states, logits in head.chunks():
+            g, h, *stats = (x[rows] for x in per_row)
+            factors = grads.scaled(g), grads.scaled(h)
+            options = temperature, ignore_index, grads.room(logits)
             grads.add(
-                index, states, row_op.backward(g, h, logits, *rest, temperature, ignore_index)
+                rows,
+                states,
+                row_op.backward(*factors, logits, head.targets[rows], *stats, *options),
             )
-    return (
-        grads.hidden.view(hidden.shape if needs[0] else (0,)).to(hidden.dtype),
-        grads.weight.to(hidden.dtype),
-        grads.bias.to(hidden.dtype),
-    )
+    of_hidden, of_weight, of_bias = (x.to(hidden.dtype) for x in grads.finish())
+    return of_hidden.view(hidden.shape if needs[0] else (0,)), of_weight, of_bias
 
 
 OP = Op(
@@ -68,10 +76,10 @@ OP = Op(
 )
 
 
-def _run(hidden: Tensor, weight: Tensor, targets: Tensor, bias, temperature, ignore_index, rows):
+def _run(hidden: Tensor, weight: Tensor, targets: Tensor, bias, temperature, ignore_index, *rest):
     _rows.check_targets(OP.name, targets, len(weight), ignore_index)
     return OP(
-        "forward", hidden.device, hidden, weight, targets, bias, temperature, ignore_index, rows
+        "forward", hidden.device, hidden, weight, targets, bias, temperature, ignore_index, *rest
     )
 
 
@@ -81,10 +89,10 @@ def _fake(hidden: Tensor, weight: Tensor, targets: Tensor, *_):
 
 
 def setup_context(ctx, inputs, output) -> None:
-    hidden, weight, targets, bias, temperature, ignore_index, chunk_rows = inputs
+    hidden, weight, targets, bias, *options = inputs
     _, entropy, row_max, log_sum = output
     ctx.save_for_backward(hidden, weight, targets, bias, entropy, row_max, log_sum)
-    ctx.options = (temperature, ignore_index, chunk_rows)
+    ctx.options = options
     ctx.mark_non_differentiable(row_max, log_sum)
 
 
@@ -93,13 +101,13 @@ def backward(ctx, grad_logprob: Tensor, grad_entropy: Tensor, *_: Tensor):
     needs = (hidden, weight, bias)
     grads = _backward_op(grad_logprob, grad_entropy, *ctx.saved_tensors, *ctx.options, needs)
     of_hidden, of_weight, of_bias = (g if n else None for g, n in zip(grads, needs, strict=True))
-    return of_hidden, of_weight, None, of_bias, None, None, None
+    return of_hidden, of_weight, None, of_bias, None, None, None, None
 
 
 _backward_op = register(
     "linear_logprob_backward(Tensor grad_logprob, Tensor grad_entropy, Tensor hidden, Tensor weight, Tensor targets,"
     " Tensor? bias, Tensor entropy, Tensor row_max, Tensor log_sum, float temperature, int ignore_index,"
-    " int chunk_rows, bool[3] needs) -> (Tensor, Tensor, Tensor)",
+    " int chunk_rows, bool compact, bool[3] needs) -> (Tensor, Tensor, Tensor)",
     lambda grad_logprob, *args: OP("backward", grad_logprob.device, grad_logprob, *args),
     lambda grad_logprob, grad_entropy, hidden, weight, *rest: _linear.empty_gradients(
         hidden, weight, rest[-1], hidden.dtype
@@ -108,7 +116,7 @@ _backward_op = register(
 )
 _op = register(
     "linear_logprob(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float temperature, int ignore_index,"
-    " int chunk_rows) -> (Tensor, Tensor, Tensor, Tensor)",
+    " int chunk_rows, bool compact) -> (Tensor, Tensor, Tensor, Tensor)",
     _run,
     _fake,
     backward=backward,
@@ -152,6 +160,7 @@ def linear_logprob(
     _rows.check_target_tensor(op, targets, hidden)
     _rows.check_temperature(op, temperature)
     logprob, entropy, _, _ = _op(
-        hidden, weight, targets, bias, float(temperature), ignore_index, chunk_rows or 0
-    )
+        hidden, weight, targets, bias, float(temperature), ignore_index, chunk_rows or 0,
+        _linear.may_wait(hidden.device),
+    )  # fmt: skip
     return logprob, entropy

@@ -77,7 +77,7 @@ def test_any_chunk(backend: str, chunk_rows: int) -> None:
 
 def test_weight_wider_than_a_block(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A 16-bit weight is widened a block at a time: 4 rows here, which do not divide 103."""
-    monkeypatch.setattr("igpo.ops._linear.BLOCK_BYTES", 4 * 13 * 4)
+    monkeypatch.setattr("igpo.ops._products.BLOCK_BYTES", 4 * 13 * 4)
     assert_good(example((20,), 13, 103, dtype=torch.bfloat16), chunk_rows=6)
 
 
@@ -230,7 +230,7 @@ def test_second_derivatives_are_refused(backend: str) -> None:
 
 def test_opcheck(backend: str) -> None:
     hidden, weight, bias, targets = example((3, 2), 4, 11)
-    op, options = torch.ops.igpo.linear_logprob.default, (0.7, IGNORED, 2)
+    op, options = torch.ops.igpo.linear_logprob.default, (0.7, IGNORED, 2, True)
     for b in (bias, None):
         torch.library.opcheck(op, (leaf(hidden), leaf(weight), targets, b, *options))
     logprob, *stats = op(hidden, weight, targets, bias, *options)

@@ -230,7 +230,7 @@ def test_opcheck(backend: str, needs: list[bool]) -> None:
     hidden, weight, bias, targets, weights = example((3, 2), 4, 11)
     tensors = [leaf(x) if n else x for x, n in zip((hidden, weight, bias), needs, strict=True)]
     op = torch.ops.igpo.linear_masked_cross_entropy.default
-    args = (*tensors[:2], targets, weights, tensors[2], IGNORED, "mean", 2, needs)
+    args = (*tensors[:2], targets, weights, tensors[2], IGNORED, "mean", 2, True, needs)
     torch.library.opcheck(op, args)
     backward = torch.ops.igpo.linear_masked_cross_entropy_backward.default
     torch.library.opcheck(backward, (hidden, torch.tensor(0.5), torch.bfloat16))
