@@ -17,7 +17,7 @@ from . import _rows
 BLOCK_BYTES = 4 << 20  # of widened weight at a time on a CPU (0.5-8 MiB measured equal)
 WIDE_RESULTS = ["cuda"]  # device types whose mm takes out_dtype; tests add theirs
 # before 2.10 addmm(out_dtype=float32) wants its first argument in 16 bits too
-ADDS_TO_WIDE = torch.__version__ >= (2, 10)
+ADDS_TO_WIDE = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 10)
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def half_scale(dtype: torch.dtype, bound: Tensor) -> Tensor | None:
     """
     if dtype != torch.float16:
         return None
-    largest = bound.abs().amax() if bound.numel() else bound.new_ones(())
+    largest = bound.abs().amax() if bound.numel() else bound.new_zeros(())
     usable = largest.isfinite() & (largest > 0)
     exponent = 14 - largest.where(usable, 1.0).log2().ceil()
     return exponent.clamp(-100, 100).exp2().where(usable, 1.0)

@@ -141,18 +141,23 @@ def linear_logprob(
     Args:
         hidden: (…, D) float32 | bfloat16 | float16; last dim contiguous. float64: the reference alone.
         weight: (V, D) and bias: (V,) or None, the LM head, in hidden's dtype.
-        targets: (…,) int64 in [0, V), or ignore_index to skip the row, which then costs nothing.
+        targets: (…,) int64 in [0, V), or ignore_index to skip the row, which then costs nothing (but see below).
         temperature: > 0; both results are those of softmax(logits / temperature).
-        chunk_rows: rows of logits held at a time; None: a tenth of the rows that count, at least 64, at most 256 MiB.
+        chunk_rows: rows of logits held at a time; None: a tenth of the rows that count, at least 64, at most 256 MiB;
+            on a GPU as many as 1 GiB of logits and their gradient has room for (1024 rows at V = 126464).
     Returns:
         logprob, entropy: (…,) float32, nats, as token_logprob's; 0 where skipped. Differentiable in both, with respect
         to hidden, weight and bias: the logits are computed again chunk by chunk, and the gradient of a weight or bias
         that does not require one is not computed.
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices disagree, temperature <= 0, chunk_rows <= 0, or a target is
-        outside the vocabulary (looked for on the CPU only).   BackendError: a forced backend refuses.
+        TypeError, ValueError: shapes, dtypes or devices disagree, a tensor is sharded, temperature <= 0,
+        chunk_rows <= 0, or a target is outside the vocabulary (looked for on the CPU only).
+        BackendError: a forced backend refuses.
     Accuracy: logits, sums over chunks and statistics are float32 whatever the input dtype; gradients are rounded to
-    the input dtype once. Extra memory: one chunk of logits in float32.
+    the input dtype once (on a GPU also that of the logits, as the factor of a product). Extra memory: one chunk of
+    logits in float32 and, on a GPU, its gradient in the input dtype.
+    On a GPU the host waits for the number of rows that count, once in the forward and once in the backward pass. While
+    a CUDA graph is captured and under torch.compile it does not; then rows that do not count are computed and dropped.
     Source: as token_logprob; float32 logits, as one bfloat16 ulp at |logit| 16-32 moves a probability ratio by 13 %.
     """
     op = OP.name

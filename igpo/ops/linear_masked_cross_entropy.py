@@ -135,19 +135,24 @@ def linear_masked_cross_entropy(
     Args:
         hidden: (…, D) float32 | bfloat16 | float16; last dim contiguous. float64: the reference alone.
         weight: (V, D) and bias: (V,) or None, the LM head, in hidden's dtype.
-        targets: (…,) int64 in [0, V), or ignore_index to skip the row, which then costs nothing.
+        targets: (…,) int64 in [0, V), or ignore_index to skip the row, which then costs nothing (but see below).
         weights: (…,) float32 constants, or None for ones; they must not require grad. Weight 0 skips the row too.
         ignore_index: the target that skips a row.
         reduction: "sum", "mean" (over the number of rows not ignored) or "none", as masked_cross_entropy's.
-        chunk_rows: rows of logits held at a time; None: a tenth of the rows that count, at least 64, at most 256 MiB.
+        chunk_rows: rows of logits held at a time; None: a tenth of the rows that count, at least 64, at most 256 MiB;
+            on a GPU as many as 1 GiB of logits and their gradient has room for (1024 rows at V = 126464).
     Returns:
         () float32, or (…,) with "none"; nats.
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices disagree, weights require grad, chunk_rows <= 0, or a target
-        is outside the vocabulary (looked for on the CPU only).   BackendError: a forced backend refuses.
+        TypeError, ValueError: shapes, dtypes or devices disagree, a tensor is sharded, weights require grad,
+        chunk_rows <= 0, or a target is outside the vocabulary (looked for on the CPU only).
+        BackendError: a forced backend refuses.
     Accuracy: logits, statistics and sums over chunks are float32, the sum of losses float64; gradients are rounded to
-    the input dtype once. Extra memory: one chunk of logits in float32, and the gradients in float32 until the backward
-    pass; that of a weight or bias that does not require one is not computed.
+    the input dtype once (on a GPU also that of the logits, as the factor of a product). Extra memory: one chunk of
+    logits in float32, on a GPU its gradient in the input dtype, and the gradients in float32 until the backward pass;
+    that of a weight or bias that does not require one is not computed.
+    On a GPU the host waits for the number of rows that count, once, in the forward pass. While a CUDA graph is captured
+    and under torch.compile it does not; then rows that do not count are computed and dropped.
     Source: the masked-diffusion ELBO, arXiv:2502.09992 (LLaDA), equation 3.
     """
     op = OP.name
