@@ -15,4 +15,37 @@ const char* unavailable();  // why no CUDA kernel can run here, or ""
 void merge_hints(const int64_t* tokens, const int64_t* hints, const bool* hint_mask, int64_t* out, bool* generate,
                  int64_t count, int64_t mask_id, int device, uintptr_t stream);
 
+// logits and out: rows at (r / inner) * outer_stride + (r % inner) * inner_stride elements; out_dtype: that of logits, or
+// any if that is float32. weights: or null. divisor: one int64, or null for 1. parts: room for rows x 8 x 4 floats where
+// kernels/gpu/row_stats.cuh cuts rows.
+void token_logprob(const void* logits, int64_t inner, int64_t outer_stride, int64_t inner_stride, const int64_t* targets,
+                   float* logprob, float* entropy, float* row_max, float* log_sum, float* parts, int64_t rows,
+                   int64_t vocab, int64_t ignore_index, float scale, int dtype, int device, uintptr_t stream);
+void token_logprob_backward(const float* grad_logprob, const float* grad_entropy, const void* logits, int64_t inner,
+                            int64_t outer_stride, int64_t inner_stride, const int64_t* targets, const float* entropy,
+                            const float* row_max, const float* log_sum, void* out, int64_t out_inner,
+                            int64_t out_outer_stride, int64_t out_inner_stride, int64_t rows, int64_t vocab,
+                            int64_t ignore_index, float scale, int dtype, int out_dtype, int device, uintptr_t stream);
+
+void masked_cross_entropy(const void* logits, int64_t inner, int64_t outer_stride, int64_t inner_stride,
+                          const int64_t* targets, const float* weights, float* row_loss, float* row_max, float* log_sum,
+                          float* parts, int64_t rows, int64_t vocab, int64_t ignore_index, int dtype, int device,
+                          uintptr_t stream);
+void masked_cross_entropy_with_gradient(const void* logits, int64_t inner, int64_t outer_stride, int64_t inner_stride,
+                                        const int64_t* targets, const float* weights, const int64_t* divisor,
+                                        float* row_loss, float* row_max, float* log_sum, float* parts, void* out,
+                                        int64_t out_inner, int64_t out_outer_stride, int64_t out_inner_stride,
+                                        int64_t rows, int64_t vocab, int64_t ignore_index, int dtype, int out_dtype,
+                                        int device, uintptr_t stream);
+void masked_cross_entropy_backward(const float* grad_loss, int64_t grad_stride, const void* logits, int64_t inner,
+                                   int64_t outer_stride, int64_t inner_stride, const int64_t* targets,
+                                   const float* weights, const int64_t* divisor, const float* row_max,
+                                   const float* log_sum, void* out, int64_t out_inner, int64_t out_outer_stride,
+                                   int64_t out_inner_stride, int64_t rows, int64_t vocab, int64_t ignore_index, int dtype,
+                                   int out_dtype, int device, uintptr_t stream);
+void masked_cross_entropy_scale(void* grad, const float* factor, const int64_t* targets, const float* weights,
+                                int64_t rows, int64_t vocab, int64_t ignore_index, int dtype, int device,
+                                uintptr_t stream);
+void sum_rows(const float* values, const int64_t* divisor, float* out, int64_t rows, int device, uintptr_t stream);
+
 }  // namespace igpo::cuda

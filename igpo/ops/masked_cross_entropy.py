@@ -1,9 +1,15 @@
 """masked_cross_entropy: weighted cross-entropy over the rows that count (the ELBO of a masked-diffusion model).
 
-The gradient is computed in the backward pass, from the logits again. Computing it in the forward pass would save one
-read of the logits, but an upstream gradient other than 1 (accumulation, loss scaling) would then cost a read and a
-write more, the result would be rounded twice, and a forward pass for evaluation would have to be told apart. On a CPU
-the exponentials, not the reads, are most of the time (kernels/README.md).
+Where the gradient is computed. On a CPU in the backward pass, from the logits again: there the exponentials, not the
+reads, are most of the time (kernels/README.md). The CUDA row computes it in the forward pass, while a row is on the
+chip: 4 bytes a bfloat16 logit in all instead of 6. Then the registered op is called with `with_gradient`, and the
+gradient for an upstream of 1 is its last output (empty otherwise). It belongs to the first backward pass, which
+multiplies it in place by the upstream gradient; that never leaves the device, and rows that do not count stay 0. The
+second backward pass of a retained graph, and one under create_graph, compute it from the logits again. So do all for
+  reduction="none": each row has an upstream gradient of its own;
+  float16: a stored gradient could underflow before a loss scale reaches it;
+  torch.compile: a functional product would read and write the gradient once more;
+  Triton: a row does not fit one program, so nothing would be saved.
 """
 
 from __future__ import annotations
@@ -12,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _check, _native, _rows
-from ._dispatch import Op, cpu, reference
+from ._dispatch import Op, cpu, cuda, reference, triton
 from ._library import register
 
 Results = tuple[Tensor, Tensor, Tensor]  # loss: () or (…,); row_max, log_sum: (…,)
@@ -88,38 +94,149 @@ def cpu_backward(
     return out
 
 
+def cuda_forward(
+    logits: Tensor, targets: Tensor, weights: Tensor | None, ignore_index: int, reduction: str
+) -> Results:
+    logits, where = _rows.laid_out(logits)
+    targets = targets.contiguous()
+    stats = _rows.per_row(logits, 3)
+    _native.cuda(
+        "masked_cross_entropy", logits.device, logits, *where, targets, _rows.contiguous(weights), *stats,
+        _rows.parts(logits), targets.numel(), logits.shape[-1], ignore_index,
+        _native.DTYPE_TAG[logits.dtype],
+    )  # fmt: skip
+    divisor = _rows.device_divisor(targets, ignore_index, reduction)
+    return _cuda_reduced(stats[0], divisor, reduction), *stats[1:]
+
+
+def cuda_forward_with_gradient(
+    logits: Tensor, targets: Tensor, weights: Tensor | None, ignore_index: int,
+    divisor: Tensor | None = None, out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(losses of the rows, row_max, log_sum, gradient of Σ losses / divisor). divisor: () int64 on the device, None is
+    1; the losses are not divided. out: _rows.gradient_like."""
+    grad, grad_where = _rows.gradient_like("masked_cross_entropy", logits, out)
+    logits, where = _rows.laid_out(logits)
+    targets = targets.contiguous()
+    stats = _rows.per_row(logits, 3)
+    _native.cuda(
+        "masked_cross_entropy_with_gradient", logits.device, logits, *where, targets,
+        _rows.contiguous(weights), divisor, *stats, _rows.parts(logits), grad, *grad_where,
+        targets.numel(), logits.shape[-1], ignore_index, _native.DTYPE_TAG[logits.dtype],
+        _native.DTYPE_TAG[grad.dtype],
+    )  # fmt: skip
+    return *stats, grad
+
+
+def cuda_backward(
+    grad_loss: Tensor, logits: Tensor, targets: Tensor, weights: Tensor | None, row_max: Tensor,
+    log_sum: Tensor, ignore_index: int, reduction: str, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """out: _rows.gradient_like."""
+    grad, grad_where = _rows.gradient_like("masked_cross_entropy", logits, out)
+    logits, where = _rows.laid_out(logits)
+    grad_loss, targets, row_max, log_sum = (
+        x.contiguous() for x in (grad_loss, targets, row_max, log_sum)
+    )
+    _native.cuda(
+        "masked_cross_entropy_backward", logits.device, grad_loss, int(reduction == "none"), logits,
+        *where, targets, _rows.contiguous(weights),
+        _rows.device_divisor(targets, ignore_index, reduction), row_max, log_sum, grad, *grad_where,
+        targets.numel(), logits.shape[-1], ignore_index, _native.DTYPE_TAG[logits.dtype],
+        _native.DTYPE_TAG[grad.dtype],
+    )  # fmt: skip
+    return grad
+
+
+def cuda_scale(
+    grad: Tensor, grad_loss: Tensor, targets: Tensor, weights: Tensor | None, ignore_index: int
+) -> Tensor:
+    """grad (…, V), contiguous, times the scalar grad_loss, in place; not touched where that is 1 or a row does not
+    count."""
+    _native.cuda(
+        "masked_cross_entropy_scale", grad.device, grad, grad_loss, targets.contiguous(),
+        _rows.contiguous(weights), targets.numel(), grad.shape[-1], ignore_index,
+        _native.DTYPE_TAG[grad.dtype],
+    )  # fmt: skip
+    return grad
+
+
+def _cuda_op_with_gradient(
+    logits: Tensor, targets: Tensor, weights: Tensor | None, ignore_index: int, reduction: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    divisor = _rows.device_divisor(targets, ignore_index, reduction)
+    losses, *rest = cuda_forward_with_gradient(logits, targets, weights, ignore_index, divisor)
+    return _cuda_reduced(losses, divisor, reduction), *rest
+
+
+def _cuda_reduced(losses: Tensor, divisor: Tensor | None, reduction: str) -> Tensor:
+    if reduction == "none":
+        return losses
+    loss = losses.new_empty(())
+    _native.cuda("sum_rows", losses.device, losses, divisor, loss, losses.numel())
+    return loss
+
+
 OP = Op(
     "masked_cross_entropy",
     (
+        cuda(
+            forward=cuda_forward,
+            forward_with_gradient=_cuda_op_with_gradient,
+            backward=cuda_backward,
+            scale=cuda_scale,
+            refuses=_rows.refuses,
+        ),
+        triton("masked_cross_entropy", "forward", "backward", refuses=_rows.refuses),
         cpu(forward=cpu_forward, backward=cpu_backward, refuses=_rows.refuses),
         reference(forward=reference_forward, backward=reference_backward),
     ),
 )
 
 
+def _serves(phase: str, instead_of: str, device: torch.device, *args: object) -> bool:
+    """Whether the row that runs phase `instead_of` has `phase` too."""
+    return phase in OP.choose(instead_of, device, args).run
+
+
 def _forward(
-    logits: Tensor, targets: Tensor, weights: Tensor | None, ignore_index: int, reduction: str
-) -> Results:
+    logits: Tensor, targets: Tensor, weights: Tensor | None, ignore_index: int, reduction: str,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     _rows.check_targets(OP.name, targets, logits.shape[-1], ignore_index)
-    return OP("forward", logits.device, logits, targets, weights, ignore_index, reduction)
+    args = (logits, targets, weights, ignore_index, reduction)
+    if with_gradient:
+        return OP("forward_with_gradient", logits.device, *args)
+    return *OP("forward", logits.device, *args), logits.new_empty(0)
 
 
-def _fake(logits: Tensor, targets: Tensor, weights: Tensor | None, ignore_index, reduction):
+def _fake(logits: Tensor, targets: Tensor, weights, ignore_index, reduction, with_gradient):
     rows = logits.new_empty(targets.shape, dtype=_rows.wide(logits.dtype))
     loss = rows.new_empty(targets.shape if reduction == "none" else ())
-    return loss, rows, torch.empty_like(rows)
+    grad = logits.new_empty(logits.shape if with_gradient else (0,))
+    return loss, rows, torch.empty_like(rows), grad
 
 
 def setup_context(ctx, inputs, output) -> None:
-    logits, targets, weights, ignore_index, reduction = inputs
-    _, row_max, log_sum = output
+    logits, targets, weights, ignore_index, reduction, with_gradient = inputs
+    _, row_max, log_sum, grad = output
     ctx.save_for_backward(logits, targets, weights, row_max, log_sum)
     ctx.options = (ignore_index, reduction)
-    ctx.mark_non_differentiable(row_max, log_sum)
+    # owned by the first backward pass, which writes over it; a traced one (its tensors are of other types) must not
+    ctx.grad = grad if with_gradient and type(grad) is Tensor else None
+    ctx.mark_non_differentiable(row_max, log_sum, grad)
+    ctx.set_materialize_grads(False)
 
 
 def backward(ctx, grad_loss: Tensor, *_: Tensor):
-    return _backward_op(grad_loss, *ctx.saved_tensors, *ctx.options), None, None, None, None
+    ready = None if torch.is_grad_enabled() else ctx.grad
+    args = (grad_loss, *ctx.saved_tensors, *ctx.options)
+    if ready is None or not _serves("scale", "backward", grad_loss.device, *args):
+        return _backward_op(*args), None, None, None, None, None
+    ctx.grad = None
+    _, _, targets, weights, _, _, ignore_index, _ = args
+    OP("scale", grad_loss.device, ready, grad_loss, targets, weights, ignore_index)
+    return ready, None, None, None, None, None
 
 
 _backward_op = register(
@@ -130,13 +247,22 @@ _backward_op = register(
     **_rows.once_differentiable("masked_cross_entropy"),
 )
 _op = register(
-    "masked_cross_entropy(Tensor logits, Tensor targets, Tensor? weights, int ignore_index, str reduction)"
-    " -> (Tensor, Tensor, Tensor)",
+    "masked_cross_entropy(Tensor logits, Tensor targets, Tensor? weights, int ignore_index, str reduction,"
+    " bool with_gradient) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake,
     backward=backward,
     setup_context=setup_context,
 )
+
+
+def _with_gradient(logits: Tensor, *rest) -> bool:
+    """Whether this call computes the gradient in the forward pass (the module says when)."""
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and logits.requires_grad):
+        return False
+    if rest[-1] == "none" or logits.dtype == torch.float16:
+        return False
+    return _serves("forward_with_gradient", "forward", logits.device, logits, *rest)
 
 
 def masked_cross_entropy(
@@ -175,4 +301,5 @@ def masked_cross_entropy(
     _rows.check_target_tensor(op, targets, logits)
     _rows.check_weights(op, weights, logits)
     _rows.check_reduction(op, reduction)
-    return _op(logits, targets, weights, ignore_index, reduction)[0]
+    args = (logits, targets, weights, ignore_index, reduction)
+    return _op(*args, _with_gradient(*args))[0]

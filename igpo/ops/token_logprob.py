@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _check, _native, _rows
-from ._dispatch import Op, cpu, reference
+from ._dispatch import Op, cpu, cuda, reference, triton
 from ._library import register
 
 Stats = tuple[Tensor, Tensor, Tensor, Tensor]  # logprob, entropy, row_max, log_sum: each (…,)
@@ -50,26 +50,15 @@ def reference_backward(
     return (grad / temperature).masked_fill(skip[..., None], 0.0).to(logits.dtype)
 
 
-def _stats_like(logits: Tensor) -> Stats:
-    """Four uninitialised tensors, one element per row."""
-    shape, dtype = logits.shape[:-1], _rows.wide(logits.dtype)
-    return (
-        logits.new_empty(shape, dtype=dtype),
-        logits.new_empty(shape, dtype=dtype),
-        logits.new_empty(shape, dtype=dtype),
-        logits.new_empty(shape, dtype=dtype),
-    )
-
-
 def cpu_forward(logits: Tensor, targets: Tensor, temperature: float, ignore_index: int) -> Stats:
     targets, offsets = targets.contiguous(), _rows.offsets(logits)
-    out = _stats_like(logits)
+    logprob, entropy, row_max, log_sum = out = _rows.per_row(logits, 4)
     _native.module().token_logprob(
         logits.data_ptr(), offsets.data_ptr(), targets.data_ptr(), *(x.data_ptr() for x in out),
         targets.numel(), logits.shape[-1], ignore_index, 1.0 / temperature,
         _native.DTYPE_TAG[logits.dtype], _native.num_threads(),
     )  # fmt: skip
-    return out
+    return logprob, entropy, row_max, log_sum
 
 
 def cpu_backward(
@@ -91,9 +80,40 @@ def cpu_backward(
     return grad
 
 
+def cuda_forward(logits: Tensor, targets: Tensor, temperature: float, ignore_index: int) -> Stats:
+    logits, where = _rows.laid_out(logits)
+    logprob, entropy, row_max, log_sum = out = _rows.per_row(logits, 4)
+    _native.cuda(
+        "token_logprob", logits.device, logits, *where, targets.contiguous(), *out,
+        _rows.parts(logits), targets.numel(), logits.shape[-1], ignore_index, 1.0 / temperature,
+        _native.DTYPE_TAG[logits.dtype],
+    )  # fmt: skip
+    return logprob, entropy, row_max, log_sum
+
+
+def cuda_backward(
+    grad_logprob: Tensor, grad_entropy: Tensor, logits: Tensor, targets: Tensor, entropy: Tensor,
+    row_max: Tensor, log_sum: Tensor, temperature: float, ignore_index: int, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """out: _rows.gradient_like."""
+    grad, grad_where = _rows.gradient_like("token_logprob", logits, out)
+    logits, where = _rows.laid_out(logits)
+    grad_logprob, grad_entropy, targets, *stats = (
+        x.contiguous() for x in (grad_logprob, grad_entropy, targets, entropy, row_max, log_sum)
+    )
+    _native.cuda(
+        "token_logprob_backward", logits.device, grad_logprob, grad_entropy, logits, *where,
+        targets, *stats, grad, *grad_where, targets.numel(), logits.shape[-1], ignore_index,
+        1.0 / temperature, _native.DTYPE_TAG[logits.dtype], _native.DTYPE_TAG[grad.dtype],
+    )  # fmt: skip
+    return grad
+
+
 OP = Op(
     "token_logprob",
     (
+        cuda(forward=cuda_forward, backward=cuda_backward, refuses=_rows.refuses),
+        triton("token_logprob", "forward", "backward", refuses=_rows.refuses),
         cpu(forward=cpu_forward, backward=cpu_backward, refuses=_rows.refuses),
         reference(forward=reference_forward, backward=reference_backward),
     ),
@@ -129,7 +149,7 @@ _op = register(
     "token_logprob(Tensor logits, Tensor targets, float temperature, int ignore_index)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
-    lambda logits, *_: _stats_like(logits),
+    lambda logits, *_: tuple(_rows.per_row(logits, 4)),
     backward=backward,
     setup_context=setup_context,
 )

@@ -239,8 +239,8 @@ def test_opcheck(backend: str, reduction: str, transposed: bool) -> None:
     if transposed:
         logits, targets, weights = logits.transpose(0, 1), targets.t(), weights.t()
     x, op = leaf(logits), torch.ops.igpo.masked_cross_entropy.default
-    torch.library.opcheck(op, (x, targets, weights, IGNORED, reduction))
-    loss, *stats = op(logits, targets, weights, IGNORED, reduction)
+    torch.library.opcheck(op, (x, targets, weights, IGNORED, reduction, False))
+    loss, *stats, _ = op(logits, targets, weights, IGNORED, reduction, False)
     args = (torch.ones_like(loss), logits, targets, weights, *stats, IGNORED, reduction)
     torch.library.opcheck(torch.ops.igpo.masked_cross_entropy_backward.default, args)
 
