@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import _check, _rows, token_logprob
+from . import _check, _rows, _triton, token_logprob
 from ._products import Products, half_scale
+from .masked_cross_entropy import cuda_forward_with_gradient
 
 CHUNK_BYTES = 256 << 20  # of float32 logits at a time on a CPU: 530 rows at V = 126464 (chosen)
 MIN_ROWS = 64  # below 60 rows MKL's product has half the throughput (kernels/README.md)
@@ -77,6 +78,14 @@ REFERENCE = RowOp(
     False, cpu_rows,
 )  # fmt: skip
 CPU = RowOp(token_logprob.cpu_forward, token_logprob.cpu_backward, False, cpu_rows)
+TRITON = RowOp(
+    _triton.launcher("token_logprob", "forward"), _triton.launcher("token_logprob", "backward"),
+    True, gpu_rows,
+)  # fmt: skip
+CUDA = RowOp(
+    token_logprob.cuda_forward, token_logprob.cuda_backward, True, gpu_rows,
+    cuda_forward_with_gradient,
+)  # fmt: skip
 
 
 def check(

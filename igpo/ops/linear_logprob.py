@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from . import _linear, _rows
-from ._dispatch import Op, cpu, reference
+from ._dispatch import Op, cpu, cuda, reference, triton
 from ._library import register
 
 Stats = tuple[Tensor, Tensor, Tensor, Tensor]  # logprob, entropy, row_max, log_sum: each (…,)
@@ -60,18 +61,17 @@ def _backward(
     return of_hidden.view(hidden.shape if needs[0] else (0,)), of_weight, of_bias
 
 
+def _phases(row_op: _linear.RowOp) -> dict[str, Callable]:
+    return {"forward": partial(_forward, row_op), "backward": partial(_backward, row_op)}
+
+
 OP = Op(
     "linear_logprob",
     (
-        cpu(
-            forward=partial(_forward, _linear.CPU),
-            backward=partial(_backward, _linear.CPU),
-            refuses=_rows.refuses,
-        ),
-        reference(
-            forward=partial(_forward, _linear.REFERENCE),
-            backward=partial(_backward, _linear.REFERENCE),
-        ),
+        cuda(**_phases(_linear.CUDA), refuses=_rows.refuses),
+        triton("linear_logprob", **_phases(_linear.TRITON), refuses=_rows.refuses),
+        cpu(**_phases(_linear.CPU), refuses=_rows.refuses),
+        reference(**_phases(_linear.REFERENCE)),
     ),
 )
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _linear, _rows
-from ._dispatch import Op, cpu, reference
+from ._dispatch import Op, cpu, cuda, reference, triton
 from ._library import register
 from .linear_logprob import linear_logprob
 
@@ -66,6 +66,12 @@ def _factors(
 OP = Op(
     "linear_masked_cross_entropy",
     (
+        cuda(forward=partial(_forward, _linear.CUDA), refuses=_rows.refuses),
+        triton(
+            "linear_masked_cross_entropy",
+            forward=partial(_forward, _linear.TRITON),
+            refuses=_rows.refuses,
+        ),
         cpu(forward=partial(_forward, _linear.CPU), refuses=_rows.refuses),
         reference(forward=partial(_forward, _linear.REFERENCE)),
     ),
