@@ -142,9 +142,11 @@ def cpu(*, refuses: Callable[..., str | None] = _never, **run: Callable) -> Back
     return Backend("cpu", run, ("cpu",), CHECKED_CPU, _native.why_not, refuses)
 
 
-def triton(op: str, *phases: str, refuses: Callable[..., str | None] = _never) -> Backend:
-    """The Triton row of an op: the functions of kernels/gpu/<op>.py named like the phases."""
-    run = {phase: _triton.launcher(op, phase) for phase in phases}
+def triton(
+    op: str, *phases: str, refuses: Callable[..., str | None] = _never, **run: Callable
+) -> Backend:
+    """The Triton row of an op: the functions of kernels/gpu/<op>.py named like the phases, or those given."""
+    run |= {phase: _triton.launcher(op, phase) for phase in phases}
     return Backend("triton", run, _triton.DEVICES, "", _triton.why_not, refuses)
 
 

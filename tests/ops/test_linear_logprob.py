@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from row_cases import DTYPES, IGNORED, gradients, leaf, logprob_formula, peak_bytes
 from tolerances import assert_as_good_as_torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from igpo.ops import BackendError, linear_logprob, token_logprob, use_backend
 
@@ -77,7 +80,7 @@ def test_any_chunk(backend: str, chunk_rows: int) -> None:
 
 def test_weight_wider_than_a_block(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A 16-bit weight is widened a block at a time: 4 rows here, which do not divide 103."""
-    monkeypatch.setattr("igpo.ops._linear.BLOCK_BYTES", 4 * 13 * 4)
+    monkeypatch.setattr("igpo.ops._products.BLOCK_BYTES", 4 * 13 * 4)
     assert_good(example((20,), 13, 103, dtype=torch.bfloat16), chunk_rows=6)
 
 
@@ -192,6 +195,57 @@ def test_only_the_gradients_needed(backend: str, needs: tuple[int, int, int]) ->
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_left_in_change_nothing(backend: str, dtype: torch.dtype) -> None:
+    """The form for CUDA graphs computes the rows that do not count and drops them. Logits are integers, so exact."""
+    hidden, weight = (
+        torch.randint(-3, 4, (67, 8)).to(dtype),
+        torch.randint(-3, 4, (101, 8)).to(dtype),
+    )
+    targets = torch.randint(0, 101, (67,))
+    targets[::3] = IGNORED
+    hidden[::3] = torch.nan
+    found = []
+    for compact in (True, False):
+        leaves = [leaf(hidden), leaf(weight)]
+        options = (None, 0.7, IGNORED, 16, compact)
+        outputs = torch.ops.igpo.linear_logprob(*leaves, targets, *options)[:2]
+        found.append([x.detach() for x in outputs] + gradients(outputs, leaves))
+    (*outputs, of_hidden, of_weight), (*dropped, also_of_hidden, also_of_weight) = found
+    assert all(torch.equal(a, b) for a, b in zip(outputs, dropped, strict=True))
+    assert not also_of_hidden[::3].any()
+    torch.testing.assert_close(of_hidden, also_of_hidden)
+    torch.testing.assert_close(of_weight, also_of_weight)  # the sums over chunks are cut elsewhere
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_checkpoint(backend: str, reentrant: bool) -> None:
+    inputs = example((9,), 6, 21)
+    tensors = [leaf(x) for x in inputs[:3]]
+
+    def forward(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        logprob, entropy = linear_logprob(hidden, weight, inputs[3], bias=bias)
+        return logprob.sum() - 0.3 * entropy.square().sum()
+
+    plain = torch.autograd.grad(forward(*tensors), tensors)
+    checkpoint(forward, *tensors, use_reentrant=reentrant).backward()  # type: ignore[union-attr]
+    assert all(torch.equal(a, x.grad) for a, x in zip(plain, tensors, strict=True))
+
+
+def test_small_gradients_survive_float16(backend: str) -> None:
+    """A flat row over 20000 tokens has probabilities below float16's smallest normal number."""
+    hidden, weight = torch.randn(3, 4).half() / 64, torch.randn(20011, 4).half()
+    targets = torch.tensor([5, 6, 7])
+
+    def gradient(x: Tensor) -> Tensor:
+        logprob, _ = linear_logprob(x, weight.to(x.dtype), targets, chunk_rows=2)
+        return torch.autograd.grad(logprob.sum() * 1e-3, x)[0]
+
+    with use_backend("reference"):
+        exact = gradient(leaf(hidden.double()))
+    torch.testing.assert_close(gradient(leaf(hidden)).double(), exact, rtol=1e-3, atol=3e-7)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peak_memory(backend: str, dtype: torch.dtype) -> None:
     """A frozen head: forward and backward hold an eighth of the float32 logits, and no weight gradient."""
@@ -230,7 +284,7 @@ def test_second_derivatives_are_refused(backend: str) -> None:
 
 def test_opcheck(backend: str) -> None:
     hidden, weight, bias, targets = example((3, 2), 4, 11)
-    op, options = torch.ops.igpo.linear_logprob.default, (0.7, IGNORED, 2)
+    op, options = torch.ops.igpo.linear_logprob.default, (0.7, IGNORED, 2, True)
     for b in (bias, None):
         torch.library.opcheck(op, (leaf(hidden), leaf(weight), targets, b, *options))
     logprob, *stats = op(hidden, weight, targets, bias, *options)
@@ -259,6 +313,23 @@ def test_autocast_does_not_narrow(backend: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         under = run(inputs)
     assert all(torch.equal(a, b) for a, b in zip(plain, under, strict=True))
+
+
+def test_refuses_sharded_tensors(tmp_path: Path) -> None:
+    """One process of a group of one: a DTensor must be gathered, or its local part taken, by the caller."""
+    distributed = pytest.importorskip("torch.distributed.tensor")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        weight = distributed.distribute_tensor(torch.zeros(3, 2), mesh, [distributed.Shard(0)])
+        with pytest.raises(
+            ValueError, match=r"weight must be a local tensor.*full_tensor\(\).*to_l"
+        ):
+            linear_logprob(torch.zeros(1, 2), weight, torch.tensor([0]))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_cpu_kernels_refuse_float64() -> None:

@@ -5,6 +5,7 @@ import torch
 from row_cases import DTYPES, IGNORED, gradients, leaf, loss_formula, peak_bytes
 from tolerances import assert_as_good_as_torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from igpo.ops import BackendError, linear_masked_cross_entropy, masked_cross_entropy, use_backend
 
@@ -192,6 +193,70 @@ def test_only_the_gradients_needed(backend: str, needs: tuple[int, int, int]) ->
     assert all(torch.equal(a, b) for a, b in zip(some, wanted, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_left_in_change_nothing(backend: str, dtype: torch.dtype) -> None:
+    """The form for CUDA graphs computes the rows that do not count and drops them."""
+    hidden, weight, bias, targets, weights = example((67,), 8, 101, dtype=dtype)
+    skip = (targets == IGNORED) | (weights == 0)
+    hidden[skip], weights[targets == IGNORED] = torch.nan, torch.inf
+    found = []
+    for compact in (True, False):
+        leaves = [leaf(hidden), leaf(weight), leaf(bias)]
+        options = (leaves[2], IGNORED, "mean", 16, compact, [True] * 3)
+        loss = torch.ops.igpo.linear_masked_cross_entropy(*leaves[:2], targets, weights, *options)[
+            0
+        ]
+        found.append([loss.detach(), *gradients((loss,), leaves)])
+    assert not found[1][1][skip].any()
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_checkpoint(backend: str, reentrant: bool) -> None:
+    inputs = example((9,), 6, 21)
+    tensors = [leaf(x) for x in inputs[:3]]
+
+    def forward(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return linear_masked_cross_entropy(hidden, weight, inputs[3], bias=bias)
+
+    plain = torch.autograd.grad(forward(*tensors), tensors)
+    checkpoint(forward, *tensors, use_reentrant=reentrant).backward()  # type: ignore[union-attr]
+    assert all(torch.equal(a, x.grad) for a, x in zip(plain, tensors, strict=True))
+
+
+def test_no_gradient_no_work(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients to compute, the gradient of the logits is not computed either."""
+
+    def fail(*_: object) -> None:
+        raise AssertionError("a gradient was computed")
+
+    monkeypatch.setattr("igpo.ops._linear.RowOp.loss_gradient", fail)
+    hidden, weight, _, targets, _ = example((5,), 4, 9)
+    linear_masked_cross_entropy(hidden, weight, targets)
+    with torch.no_grad():
+        linear_masked_cross_entropy(leaf(hidden), leaf(weight), targets)
+    with pytest.raises(AssertionError, match="a gradient was computed"):
+        linear_masked_cross_entropy(leaf(hidden), weight, targets)
+
+
+def test_small_gradients_survive_float16(backend: str) -> None:
+    """A mean over many rows, each flat over 20000 tokens: all but the targets' gradients are below 1e-8."""
+    hidden, weight = torch.randn(4, 4).half() / 64, torch.randn(20011, 4).half()
+    targets, weights = torch.tensor([5, 6, 7, 8]), torch.full((4,), 1e-3)
+
+    def gradient(x: Tensor) -> Tensor:
+        w = weights.to(torch.promote_types(x.dtype, torch.float32))
+        loss = linear_masked_cross_entropy(
+            x, weight.to(x.dtype), targets, weights=w, reduction="mean", chunk_rows=2
+        )
+        return torch.autograd.grad(loss, x)[0]
+
+    with use_backend("reference"):
+        exact = gradient(leaf(hidden.double()))
+    torch.testing.assert_close(gradient(leaf(hidden)).double(), exact, rtol=1e-3, atol=3e-7)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peak_memory(backend: str, dtype: torch.dtype) -> None:
     """A frozen head: an eighth of the float32 logits (the reference makes temporaries of a chunk), no weight gradient;
@@ -230,7 +295,7 @@ def test_opcheck(backend: str, needs: list[bool]) -> None:
     hidden, weight, bias, targets, weights = example((3, 2), 4, 11)
     tensors = [leaf(x) if n else x for x, n in zip((hidden, weight, bias), needs, strict=True)]
     op = torch.ops.igpo.linear_masked_cross_entropy.default
-    args = (*tensors[:2], targets, weights, tensors[2], IGNORED, "mean", 2, needs)
+    args = (*tensors[:2], targets, weights, tensors[2], IGNORED, "mean", 2, True, needs)
     torch.library.opcheck(op, args)
     backward = torch.ops.igpo.linear_masked_cross_entropy_backward.default
     torch.library.opcheck(backward, (hidden, torch.tensor(0.5), torch.bfloat16))
