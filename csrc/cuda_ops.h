@@ -54,6 +54,8 @@ void unmask_step(const void* logits, int64_t stride_b, int64_t stride_l, int dty
                  float* logprob, float* entropy, int64_t batch, int64_t length, int64_t vocab, int64_t mask_id,
                  double temperature, int confidence, bool has_threshold, float threshold, bool gumbel,
                  uint64_t token_key, uint64_t score_key, uint64_t gumbel_key, int64_t* workspace, int device,
+                 uintptr_t stream);
+
 void sample_hint_mask(const int64_t* trace_lengths, const double* ratio, const int64_t* row_ids, bool* out, int64_t rows,
                       int64_t length, int64_t low, int64_t high, uint64_t key, int device, uintptr_t stream);
 
