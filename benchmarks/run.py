@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import report
@@ -52,8 +53,8 @@ def run_pytest(ops: list[str], options: list[str], output: Path, threads: int) -
 
 def measured(
     ops: list[str], options: list[str], budget: float, threads: int
-) -> tuple[list[dict], list[str]]:
-    """(records, the ops of the processes that failed)."""
+) -> Iterator[tuple[list[dict], list[str]]]:
+    """(records, the ops of the processes that failed) so far, after each process."""
     records, failed = [], []
     end = time.monotonic() + budget
     every = groups(ops)
@@ -66,17 +67,28 @@ def measured(
             if raw.exists() and raw.read_text().strip():
                 entries = json.loads(raw.read_text())["benchmarks"]
                 records += [report.record(e) for e in entries if e["extra_info"]]
-    return records, failed
+        yield records, failed
 
 
-def benchmark(ops: list[str], options: list[str], budget: float = 0, threads: int = 0) -> dict:
+def benchmark(
+    ops: list[str],
+    options: list[str],
+    budget: float = 0,
+    threads: int = 0,
+    output: Path | None = None,
+) -> dict:
     """Runs them and returns what is written: the machine, one record per case, the ops that failed.
 
-    threads: of the CPU kernels and torch; 0: as many as they take.
+    threads: of the CPU kernels and torch; 0: as many as they take. output: written after each process.
     """
-    records, failed = measured(ops, options, budget, threads)
     where = report.machine() | ({"threads": threads} if threads else {})
-    return {"machine": where, "cases": records, "failed": failed}
+    result = {"machine": where, "cases": [], "failed": []}
+    for records, failed in measured(ops, options, budget, threads):
+        result |= {"cases": records, "failed": failed}
+        if output:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(result, indent=1) + "\n")
+    return result
 
 
 def main() -> int:
@@ -88,15 +100,13 @@ def main() -> int:
     unknown = [op for op in args.ops if op not in OPS]
     if unknown:
         parser.error(f"no benchmark {', '.join(unknown)}; there are: {', '.join(OPS)}")
-    result = benchmark(args.ops or OPS, options, args.budget)
-    where = result["machine"]
+    where = report.machine()
+    name = f"{report.kind(where)}-{where['date']}-{'-'.join(args.ops or ['all'])}.json"
+    output = args.output or HERE / "results" / name
+    result = benchmark(args.ops or OPS, options, args.budget, output=output)
     chip = where["gpu"] or f"{where['cpu']} ({where['isa']}), {where['threads']} threads"
     print(f"\n{chip}, torch {where['torch']}")
     print(report.table(result["cases"]))
-    name = f"{report.kind(where)}-{where['date']}-{'-'.join(args.ops or ['all'])}.json"
-    output = args.output or HERE / "results" / name
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\nwritten: {output}")
     if result["failed"]:
         print(f"failed: {', '.join(result['failed'])}")

@@ -93,6 +93,7 @@ def collect(folder: Path) -> dict:
         "tests": counts(junit.read_text()) if tested else {},
         "sanitizer": sanitizer(ran),
         "cases": measured["cases"],
+        "failed": measured.get("failed", []),
     }
 
 
@@ -121,6 +122,7 @@ def main() -> int:
     where = result["machine"]
     path = folder / f"gpu-{where['date']}-{where['commit']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
+    (folder / "bench.json").unlink(missing_ok=True)  # all of it is in the result
     print(report.table(result["cases"]))
     print(summary(result))
     print(f"written: {path}; scripts/record_check.py merges it into igpo/ops/checked.json")

@@ -159,6 +159,25 @@ def test_ops_on_logits_run_alone_the_others_together(bench) -> None:
     assert sorted(op for group in run.groups(run.OPS) for op in group) == sorted(OPS)
 
 
+def test_what_was_measured_is_written_before_the_end(bench, tmp_path: Path, monkeypatch) -> None:
+    run, output = bench("run"), tmp_path / "out" / "r.json"
+
+    def interrupted(ops: list[str], options: list[str], raw: Path, threads: int) -> int:
+        if ops == ["token_logprob"]:
+            raise KeyboardInterrupt
+        entry = {"group": "a", "stats": {"median": 0.002}, "extra_info": case("op 8x16", igpo=2, eager=4)}  # fmt: skip
+        raw.write_text(json.dumps({"benchmarks": [entry, entry | {"extra_info": {}}]}))
+        return 0
+
+    monkeypatch.setattr(run, "run_pytest", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.benchmark(["unmask_step", "token_logprob"], [], output=output)
+    (found,) = json.loads(output.read_text())["cases"]
+    assert found["providers"]["eager"]["ratio"] == 2.0
+    assert found["providers"]["igpo"]["rate"] == 1e6 / 2 / 1e6
+    assert found["end_to_end_ms"] == 2.0
+
+
 # --- compare ---
 
 
