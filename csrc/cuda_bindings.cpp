@@ -10,6 +10,9 @@ void cuda(pybind11::module_& m) {
   m.def("unavailable", igpo::cuda::unavailable);
 
   IGPO_BIND_CUDA(merge_hints);
+  IGPO_BIND_CUDA(sample_hint_mask);
+  IGPO_BIND_CUDA(keep_top_entropy);
+  IGPO_BIND_CUDA(forward_mask);
 }
 
 }  // namespace igpo::bind

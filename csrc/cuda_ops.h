@@ -15,4 +15,14 @@ const char* unavailable();  // why no CUDA kernel can run here, or ""
 void merge_hints(const int64_t* tokens, const int64_t* hints, const bool* hint_mask, int64_t* out, bool* generate,
                  int64_t count, int64_t mask_id, int device, uintptr_t stream);
 
+void sample_hint_mask(const int64_t* trace_lengths, const double* ratio, const int64_t* row_ids, bool* out, int64_t rows,
+                      int64_t length, int64_t low, int64_t high, uint64_t key, int device, uintptr_t stream);
+
+void keep_top_entropy(const float* entropy, const bool* candidates, bool* out, int64_t rows, int64_t length,
+                      double fraction, int device, uintptr_t stream);
+
+void forward_mask(const int64_t* tokens, const bool* maskable, const double* t, const int64_t* row_ids, int64_t* noisy,
+                  bool* masked, int64_t rows, int64_t length, int64_t mask_id, uint64_t key, bool exact, int device,
+                  uintptr_t stream);
+
 }  // namespace igpo::cuda

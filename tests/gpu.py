@@ -18,6 +18,19 @@ from igpo.ops import OPS, _native, use_backend
 DEVICE = torch.device(os.environ.get("IGPO_TEST_DEVICE", "cpu"))
 
 
+def is_slow(backend: str) -> bool:
+    """Whether the backend is interpreted or emulated here: tests then take few and short rows."""
+    return backend in ("triton", "cuda") and DEVICE.type == "cpu"
+
+
+def on_cpu_tensors() -> tuple[str, ...]:
+    """Backends for property tests whose tensors are on the CPU: the emulated CUDA sources among them."""
+    if DEVICE.type != "cpu":
+        return ("reference", "cpu")
+    emulate()
+    return ("reference", "cpu", "cuda")
+
+
 @contextmanager
 def on_backend(name: str, about: str) -> Iterator[None]:
     """Forces backend `name`; `about`: the op, or a longer name that begins with it. Skips where it cannot run."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _check, _native, _philox
-from ._dispatch import Op, cpu, reference
+from ._dispatch import Op, cpu, cuda, reference, triton
 from ._library import register
 from .sample_hint_mask import _lowest_keys
 
@@ -49,7 +49,33 @@ def _cpu_forward(
     return noisy, masked
 
 
-OP = Op("forward_mask", (cpu(forward=_cpu_forward), reference(forward=reference_forward)))
+def _cuda_forward(
+    tokens: Tensor,
+    maskable: Tensor,
+    t: Tensor,
+    mask_id: int,
+    key: int,
+    row_ids: Tensor,
+    exact: bool,
+) -> tuple[Tensor, Tensor]:
+    tokens, maskable, t, row_ids = (x.contiguous() for x in (tokens, maskable, t, row_ids))
+    noisy, masked = torch.empty_like(tokens), torch.empty_like(maskable)
+    _native.cuda(
+        "forward_mask", tokens.device, tokens, maskable, t, row_ids, noisy, masked, *tokens.shape,
+        mask_id, key & _philox.MASK64, exact,
+    )  # fmt: skip
+    return noisy, masked
+
+
+OP = Op(
+    "forward_mask",
+    (
+        cuda(forward=_cuda_forward),
+        triton("forward_mask", "forward"),
+        cpu(forward=_cpu_forward),
+        reference(forward=reference_forward),
+    ),
+)
 
 
 def _forward(tokens: Tensor, maskable: Tensor, t: Tensor, *args) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _check, _native
-from ._dispatch import Op, cpu, reference
+from ._dispatch import Op, cpu, cuda, reference, triton
 from ._library import register
 
 
@@ -32,13 +32,25 @@ def _cpu_forward(entropy: Tensor, candidates: Tensor, fraction: float) -> Tensor
     return out
 
 
+def _cuda_forward(entropy: Tensor, candidates: Tensor, fraction: float) -> Tensor:
+    entropy, candidates = entropy.contiguous(), candidates.contiguous()
+    out = torch.empty_like(candidates)
+    _native.cuda("keep_top_entropy", out.device, entropy, candidates, out, *out.shape, fraction)
+    return out
+
+
 def _refuses(entropy: Tensor, *_: object) -> str | None:
     return None if entropy.dtype == torch.float32 else "it takes float32 entropies, not float64"
 
 
 OP = Op(
     "keep_top_entropy",
-    (cpu(forward=_cpu_forward, refuses=_refuses), reference(forward=reference_forward)),
+    (
+        cuda(forward=_cuda_forward, refuses=_refuses),
+        triton("keep_top_entropy", "forward", refuses=_refuses),
+        cpu(forward=_cpu_forward, refuses=_refuses),
+        reference(forward=reference_forward),
+    ),
 )
 
 _op = register(

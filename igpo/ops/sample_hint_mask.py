@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _check, _native, _philox
-from ._dispatch import Op, cpu, reference
+from ._dispatch import Op, cpu, cuda, reference, triton
 from ._library import register
 
 
@@ -70,7 +70,33 @@ def _cpu_forward(
     return out
 
 
-OP = Op("sample_hint_mask", (cpu(forward=_cpu_forward), reference(forward=reference_forward)))
+def _cuda_forward(
+    trace_lengths: Tensor,
+    length: int,
+    ratio: Tensor,
+    low: int,
+    high: int,
+    key: int,
+    row_ids: Tensor,
+) -> Tensor:
+    rows, device = trace_lengths.numel(), trace_lengths.device
+    inputs = (x.contiguous() for x in (trace_lengths, ratio, row_ids))
+    out = torch.empty(rows, length, dtype=torch.bool, device=device)
+    _native.cuda(
+        "sample_hint_mask", device, *inputs, out, rows, length, low, high, key & _philox.MASK64
+    )
+    return out
+
+
+OP = Op(
+    "sample_hint_mask",
+    (
+        cuda(forward=_cuda_forward),
+        triton("sample_hint_mask", "forward"),
+        cpu(forward=_cpu_forward),
+        reference(forward=reference_forward),
+    ),
+)
 
 
 def _forward(trace_lengths: Tensor, length: int, ratio: Tensor, *args) -> Tensor:

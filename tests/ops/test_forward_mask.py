@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu import is_slow, on_cpu_tensors
+from gpu_checks import check_everywhere, needs_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,18 +27,76 @@ def example(rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.T
 def test_backends_are_bit_equal(rows: int, length: int, exact: bool, seed: int, step: int) -> None:
     tokens, maskable, t = example(rows, length)
     results = []
-    for name in ("cpu", "reference"):
+    for name in on_cpu_tensors():
         with use_backend(name):
             results.append(
                 forward_mask(tokens, maskable, t, mask_id=MASK, seed=seed, step=step, exact=exact)
             )
-    (noisy, masked), (other_noisy, other_masked) = results
-    assert torch.equal(noisy, other_noisy)
-    assert torch.equal(masked, other_masked)
+    noisy, masked = results[0]
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
     assert torch.equal(noisy, torch.where(masked, MASK, tokens))
     assert not (masked & ~maskable).any()
     if exact:
         assert torch.equal(masked.sum(1), (maskable.sum(1) * t.double()).round().long())
+
+
+def assert_equals_reference(exact: bool, *example: torch.Tensor, seed: int = 3) -> None:
+    options = {"mask_id": MASK, "seed": seed, "step": 1, "exact": exact}
+    found = forward_mask(*example, **options)
+    with use_backend("reference"):
+        expected = forward_mask(*example, **options)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 3), (3, 0), (1, 1), (3, 2), (2, 129), (1, 1031)]
+)  # fmt: skip
+@pytest.mark.parametrize("exact", [False, True])
+def test_gpu_backends_are_bit_equal(gpu_backend: str, shape: tuple[int, int], exact: bool) -> None:
+    assert_equals_reference(exact, *example(*shape))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_order_of_threads_alignment_and_strides(
+    gpu_backend: str, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IGPO_EMULATE_ORDER", "reverse")
+    tokens, maskable, t = example(2, 301)
+    assert_equals_reference(exact, tokens[:, 1:], maskable[:, 1:], t)  # a copy of the slice
+    assert_equals_reference(exact, tokens.t()[:4], maskable.t()[:4], t.repeat(2))
+    odd = tokens.view(-1)[1:].view(1, -1), maskable.view(-1)[1:].view(1, -1)  # 8 bytes off
+    assert_equals_reference(exact, *odd, t[:1])
+
+
+def test_exact_counts_round_half_to_even(backend: str) -> None:
+    counts = [
+        int(forward_mask(torch.zeros(1, n, dtype=torch.int64), torch.ones(1, n, dtype=torch.bool),
+                         torch.tensor([0.5]), mask_id=MASK, seed=n, exact=True)[1].sum())
+        for n in (1, 3, 5)
+    ]  # fmt: skip
+    assert counts == [0, 2, 2]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("exact", [False, True])
+def test_streams_graphs_and_devices(gpu_backend: str, exact: bool) -> None:
+    check_everywhere(
+        lambda *args: forward_mask(*args, mask_id=MASK, seed=1, exact=exact),
+        example(64, 257), example(64, 257),
+    )  # fmt: skip
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_positions(gpu_backend: str) -> None:
+    needs_gpu(gib=60)
+    rows, length = 2049, 2**20
+    tokens = torch.zeros(rows, length, dtype=torch.int64, device="cuda")
+    maskable = torch.ones(rows, length, dtype=torch.bool, device="cuda")
+    t, ids = torch.full((rows,), 0.3, device="cuda"), torch.arange(rows, device="cuda")
+    noisy = forward_mask(tokens, maskable, t, mask_id=MASK, seed=1, row_ids=ids)[0]
+    alone = forward_mask(tokens[-1:], maskable[-1:], t[-1:], mask_id=MASK, seed=1, row_ids=ids[-1:])
+    assert torch.equal(noisy[-1:], alone[0])
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -49,6 +109,8 @@ def test_extremes(backend: str, exact: bool) -> None:
 
 def test_frequencies(backend: str) -> None:
     """Every position is masked with probability t, independently: counts per position and their variance."""
+    if is_slow(backend):
+        return assert_equals_reference(True, *example(5, 20))  # whose frequencies are tested
     rows, length, t = 4000, 20, 0.3
     masked = forward_mask(
         torch.zeros(rows, length, dtype=torch.int64), torch.ones(rows, length, dtype=torch.bool),
@@ -65,6 +127,7 @@ def test_frequencies(backend: str) -> None:
     assert (exact.mean(0) - 0.2).abs().max() < 4.5 * (0.16 / rows) ** 0.5
     pairs = (exact[:, :, None] * exact[:, None, :]).mean(0)[~torch.eye(10, dtype=torch.bool)]
     assert (pairs - 2 / 90).abs().max() < 5 * (2 / 90 / rows) ** 0.5, "all pairs equally likely"
+    return None
 
 
 @pytest.mark.parametrize("exact", [False, True])

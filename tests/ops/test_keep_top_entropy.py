@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from gpu import on_cpu_tensors
+from gpu_checks import check_everywhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,26 +34,43 @@ def test_matches_definition(rows: int, length: int, fraction: float, data) -> No
     candidates = torch.tensor(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)))
     entropy, candidates = entropy.float().view(rows, length), candidates.bool().view(rows, length)
     expected = naive(entropy, candidates, fraction)
-    for name in ("cpu", "reference"):
+    for name in on_cpu_tensors():
         with use_backend(name):
-            assert torch.equal(keep_top_entropy(entropy, candidates, fraction), expected)
+            assert torch.equal(keep_top_entropy(entropy, candidates, fraction), expected), name
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (1, 1), (2, 31), (2, 257), (1, 1031)])
+def test_special_values_and_ties(gpu_backend: str, shape: tuple[int, int]) -> None:
+    """Few distinct values: most of the choice is between equals, over several rounds of a block."""
+    values = torch.tensor([0.0, -0.0, 0.5, 3.0, math.nan, math.inf, -math.inf])
+    entropy, candidates = values[torch.randint(0, 7, shape)], torch.rand(shape) < 0.8
+    for fraction in (0.02, 0.7):
+        expected = naive(entropy, candidates, fraction)
+        assert torch.equal(keep_top_entropy(entropy, candidates, fraction), expected)
+
+
+def test_order_of_threads_and_strides(gpu_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IGPO_EMULATE_ORDER", "reverse")
+    entropy, candidates = torch.rand(300, 2).round(decimals=1).t(), (torch.rand(300, 2) < 0.6).t()
+    kept = keep_top_entropy(entropy, candidates, 0.4)
+    assert torch.equal(kept, naive(entropy, candidates, 0.4))
+    assert torch.equal(keep_top_entropy(entropy[1:], candidates[1:], 0.4), kept[1:])
+
+
+@pytest.mark.gpu
+def test_streams_graphs_and_devices(gpu_backend: str) -> None:
+    check_everywhere(
+        lambda *args: (keep_top_entropy(*args, 0.3),),
+        (torch.rand(64, 257), torch.rand(64, 257) < 0.5),
+        (torch.rand(64, 257), torch.rand(64, 257) < 0.5),
+    )
 
 
 def test_fraction_one_keeps_every_candidate(backend: str) -> None:
-    entropy, candidates = torch.rand(9, 33), torch.rand(9, 33) < 0.5
-    candidates[3] = False
+    entropy, candidates = torch.rand(4, 33), torch.rand(4, 33) < 0.5
+    candidates[2] = False
     assert torch.equal(keep_top_entropy(entropy, candidates, 1.0), candidates)
-    assert keep_top_entropy(entropy, candidates, 1e-9).sum(1).tolist() == [
-        1,
-        1,
-        1,
-        0,
-        1,
-        1,
-        1,
-        1,
-        1,
-    ]
+    assert keep_top_entropy(entropy, candidates, 1e-9).sum(1).tolist() == [1, 1, 0, 1]
 
 
 def test_large_rows_strides_isas_threads(isa: str, threads: int) -> None:
