@@ -13,6 +13,7 @@ void cuda(pybind11::module_& m) {
   IGPO_BIND_CUDA(sample_hint_mask);
   IGPO_BIND_CUDA(keep_top_entropy);
   IGPO_BIND_CUDA(forward_mask);
+  IGPO_BIND_CUDA(policy_loss);
 }
 
 }  // namespace igpo::bind

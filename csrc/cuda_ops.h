@@ -25,4 +25,11 @@ void forward_mask(const int64_t* tokens, const bool* maskable, const double* t, 
                   bool* masked, int64_t rows, int64_t length, int64_t mask_id, uint64_t key, bool exact, int device,
                   uintptr_t stream);
 
+void policy_loss(const float* logprob, const float* old_logprob, const float* advantages, const bool* token_mask,
+                 const float* ref_logprob, float* grad, float* loss, float* clip_fraction, float* divergence,
+                 float* ratio_mean, double* workspace, int64_t rows, int64_t length, int64_t logprob_stride,
+                 int64_t old_stride, int64_t advantage_stride, int64_t mask_stride, int64_t ref_stride, double low,
+                 double high, bool sequence, double kl_coef, int kl, int aggregate, double scale, int device,
+                 uintptr_t stream);
+
 }  // namespace igpo::cuda

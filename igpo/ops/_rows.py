@@ -33,6 +33,11 @@ def offsets(logits: Tensor) -> Tensor:
     return out.reshape(-1)
 
 
+def unit_stride(x: Tensor) -> Tensor:
+    """(B, L) with a row's elements beside each other, rows any stride apart; a copy where they are not."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
 def refuses(logits: Tensor, *_: object) -> str | None:
     """Why the C++ row cannot take these logits (or hidden states)."""
     if logits.dtype not in _native.DTYPE_TAG:

@@ -8,13 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _check, _native
-from ._dispatch import Op, cpu, reference
+from . import _check, _native, _rows
+from ._dispatch import Op, cpu, cuda, reference, triton
 from ._library import register
 
 RATIOS = ("token", "sequence")
 KLS = ("k1", "k2", "k3")
 AGGREGATES = ("token-mean", "sequence-mean", "sum")
+TOKEN_MEAN, SEQUENCE_MEAN, CONSTANT = range(3)  # how the registered op names them
 MAX_LOG_RATIO = 20.0  # e^20 is far outside every clip range, and finite in float32
 
 
@@ -30,9 +31,10 @@ class PolicyLoss(NamedTuple):
 
 def reference_forward(
     logprob: Tensor, old_logprob: Tensor, advantages: Tensor, token_mask: Tensor, ref_logprob: Tensor | None,
-    low: float, high: float, sequence: bool, kl_coef: float, kl: int, weights: Tensor,
+    low: float, high: float, sequence: bool, kl_coef: float, kl: int, aggregate: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """loss, clip_fraction, kl, ratio_mean, and the gradient of the loss by logprob (B, L)."""
+    weights = _weights(token_mask, aggregate, scale, logprob.dtype)
     log_ratio = (logprob - old_logprob).masked_fill(~token_mask, 0.0)
     count = token_mask.sum(1, keepdim=True)
     if sequence:
@@ -62,6 +64,16 @@ def reference_forward(
     return loss, *metrics, grad.masked_fill(~token_mask, 0.0)
 
 
+def _weights(token_mask: Tensor, aggregate: int, scale: float, dtype: torch.dtype) -> Tensor:
+    """(B,) what each masked token's term of a row is multiplied by."""
+    count = token_mask.sum(1)
+    if aggregate == SEQUENCE_MEAN:
+        return 1.0 / (count.clamp(min=1).to(dtype) * max(1, token_mask.shape[0]))
+    if aggregate == TOKEN_MEAN:
+        return (1.0 / count.sum().clamp(min=1).to(dtype)).expand(count.shape)
+    return torch.full(count.shape, scale, dtype=dtype, device=token_mask.device)
+
+
 def _kl(logprob: Tensor, ref_logprob: Tensor | None, kl: int) -> tuple[Tensor, Tensor]:
     """The estimate k1, k2 or k3 of KL(policy || reference) per token, and its slope. ALGORITHMS 2.8."""
     if ref_logprob is None:
@@ -79,8 +91,9 @@ def _kl(logprob: Tensor, ref_logprob: Tensor | None, kl: int) -> tuple[Tensor, T
 
 def _cpu_forward(
     logprob: Tensor, old_logprob: Tensor, advantages: Tensor, token_mask: Tensor, ref_logprob: Tensor | None,
-    low: float, high: float, sequence: bool, kl_coef: float, kl: int, weights: Tensor,
+    low: float, high: float, sequence: bool, kl_coef: float, kl: int, aggregate: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    weights = _weights(token_mask, aggregate, scale, logprob.dtype)
     inputs = [x.contiguous() for x in (logprob, old_logprob, advantages, token_mask, weights)]
     ref = None if ref_logprob is None else ref_logprob.contiguous()
     grad, out = torch.empty_like(inputs[0]), torch.empty(4, dtype=torch.float32)
@@ -93,6 +106,28 @@ def _cpu_forward(
     return loss.clone(), clip_fraction.clone(), divergence.clone(), ratio_mean.clone(), grad
 
 
+def _cuda_forward(
+    logprob: Tensor, old_logprob: Tensor, advantages: Tensor, token_mask: Tensor, ref_logprob: Tensor | None,
+    *options: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    if logprob.numel() == 0:
+        return *(logprob.new_zeros(()) for _ in range(4)), torch.empty_like(logprob)
+    logprob, old, mask = (_rows.unit_stride(x) for x in (logprob, old_logprob, token_mask))
+    ref = None if ref_logprob is None else _rows.unit_stride(ref_logprob)
+    rows, length = logprob.shape
+    scalars = [logprob.new_empty(()) for _ in range(4)]
+    grad = logprob.new_empty(rows, length)
+    workspace = logprob.new_empty(rows * 5 + 256, dtype=torch.float64)
+    strides = [
+        x.stride(0) for x in (logprob, old, advantages, mask, logprob if ref is None else ref)
+    ]
+    _native.cuda(
+        "policy_loss", logprob.device, logprob, old, advantages, mask, ref, grad, *scalars, workspace,
+        rows, length, *strides, *options,
+    )  # fmt: skip
+    return *scalars, grad
+
+
 def _refuses(logprob: Tensor, *_: object) -> str | None:
     return (
         None
@@ -103,7 +138,12 @@ def _refuses(logprob: Tensor, *_: object) -> str | None:
 
 OP = Op(
     "policy_loss",
-    (cpu(forward=_cpu_forward, refuses=_refuses), reference(forward=reference_forward)),
+    (
+        cuda(forward=_cuda_forward, refuses=_refuses),
+        triton("policy_loss", "forward", refuses=_refuses),
+        cpu(forward=_cpu_forward, refuses=_refuses),
+        reference(forward=reference_forward),
+    ),
 )
 
 
@@ -120,12 +160,12 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_loss: Tensor, *_: Tensor):
     (grad,) = ctx.saved_tensors
-    return grad * grad_loss, *([None] * 10)
+    return grad * grad_loss, *([None] * 11)
 
 
 _op = register(
     "policy_loss(Tensor logprob, Tensor old_logprob, Tensor advantages, Tensor token_mask, Tensor? ref_logprob,"
-    " float low, float high, bool sequence, float kl_coef, int kl, Tensor weights)"
+    " float low, float high, bool sequence, float kl_coef, int kl, int aggregate, float scale)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda logprob, *args: OP("forward", logprob.device, logprob, *args),
     _fake,
@@ -186,24 +226,13 @@ def policy_loss(
     )
     constants = [x.detach() for x in (old_logprob, advantages)]
     ref = None if ref_logprob is None else ref_logprob.detach()
-    weights = _weights(token_mask, aggregate, logprob.dtype)
     low, high = clip
+    named = isinstance(aggregate, str)
     loss, clip_fraction, divergence, ratio_mean, _ = _op(
         logprob, *constants, token_mask, ref, float(low), float(high), ratio == "sequence", float(kl_coef),
-        KLS.index(kl), weights,
+        KLS.index(kl), AGGREGATES.index(aggregate) if named else CONSTANT, 1.0 if named else 1.0 / aggregate,
     )  # fmt: skip
     return PolicyLoss(loss, clip_fraction, divergence, ratio_mean)
-
-
-def _weights(token_mask: Tensor, aggregate: str | float, dtype: torch.dtype) -> Tensor:
-    """(B,) what each masked token's term of a row is multiplied by."""
-    count = token_mask.sum(1)
-    if aggregate == "sequence-mean":
-        return 1.0 / (count.clamp(min=1).to(dtype) * max(1, token_mask.shape[0]))
-    if aggregate == "token-mean":
-        return (1.0 / count.sum().clamp(min=1).to(dtype)).expand(count.shape)
-    divisor = 1.0 if aggregate == "sum" else float(aggregate)
-    return torch.full(count.shape, 1.0 / divisor, dtype=dtype, device=token_mask.device)
 
 
 def _check_arguments(

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kPairThreads)
 }
 
 // Exact counts: one block per row.
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(kMostThreads, 2)
     forward_mask_exact_kernel(const int64_t* __restrict__ tokens, const bool* __restrict__ maskable,
                               const double* __restrict__ t, const int64_t* __restrict__ row_ids,
                               int64_t* __restrict__ noisy, bool* __restrict__ masked, int64_t length, int64_t mask_id,

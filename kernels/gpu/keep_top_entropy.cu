@@ -12,7 +12,7 @@ IGPO_DEVICE Key descending(float entropy) {
   return ~(bits >> 31 ? ~bits : bits | 0x80000000u);
 }
 
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(kMostThreads, 2)
     keep_top_entropy_kernel(const float* __restrict__ entropy, const bool* __restrict__ candidates, bool* __restrict__ out,
                             int64_t length, double fraction, int64_t cached) {
   const int64_t row = int64_t{blockIdx.x} * length;

@@ -47,7 +47,7 @@ IGPO_DEVICE int64_t count_chunks(const Chunks& chunks, int64_t trace, Shared* sh
   return block_reduce(mine, shared->sums, Sum{});
 }
 
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(kMostThreads, 2)
     sample_hint_mask_kernel(const int64_t* __restrict__ trace_lengths, const double* __restrict__ ratio,
                             const int64_t* __restrict__ row_ids, bool* __restrict__ out, int64_t length, uint64_t low,
                             uint64_t span, uint64_t key, int64_t cached) {

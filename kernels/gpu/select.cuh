@@ -163,6 +163,8 @@ struct CachedKeys {
   }
 };
 
+// of a block; launch bounds ask for two of them on a multiprocessor: with fewer registers sm_100 code spills
+constexpr int kMostThreads = 512;
 constexpr int64_t kMostCached = 4096;  // 32 KiB: no opt-in, six blocks to a multiprocessor (chosen)
 
 // Threads and shared memory of a block for rows of `length` entries, and how many keys it keeps.
@@ -170,7 +172,7 @@ struct SelectShape {
   int threads;
   int64_t cached;
   explicit SelectShape(int64_t length)
-      : threads(length <= 4 * 128 ? 128 : length <= kMostCached ? 256 : 1024),
+      : threads(length <= 4 * 128 ? 128 : length <= kMostCached ? 256 : kMostThreads),
         cached(length < kMostCached ? length : kMostCached) {}
   size_t bytes() const { return sizeof(SelectState) + static_cast<size_t>(cached) * sizeof(Key); }
 };

@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from gpu import is_slow, on_cpu_tensors
+from gpu_checks import check_everywhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -69,6 +71,107 @@ def test_matches_definition_with_gradient(
     truth.backward()
     torch.testing.assert_close(result.loss.double(), truth, rtol=2e-5, atol=1e-6)
     torch.testing.assert_close(leaf.grad.double(), truth_leaf.grad, rtol=2e-5, atol=1e-6)
+
+
+def loss_and_gradient(logprob: torch.Tensor, *args, **options) -> tuple[torch.Tensor, ...]:
+    leaf = logprob.detach().requires_grad_()
+    result = policy_loss(leaf, *args, **options)
+    return *(x.detach() for x in result), *torch.autograd.grad(result.loss, leaf)
+
+
+def assert_close_to_reference(*args, **options) -> None:
+    found = loss_and_gradient(*args, **options)
+    with use_backend("reference"):
+        wide = [x.double() if x.is_floating_point() else x for x in args]
+        ref = options["ref_logprob"].double()
+        truth = loss_and_gradient(*wide, **(options | {"ref_logprob": ref}))
+    for x, exact in zip(found, truth, strict=True):
+        torch.testing.assert_close(x.double(), exact, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (9, 33), (3, 129), (2, 1031), (1025, 4)])
+@pytest.mark.parametrize(("ratio", "aggregate"), [("token", "token-mean"), ("sequence", "sum")])
+def test_sizes(gpu_backend: str, shape: tuple[int, int], ratio: str, aggregate: str) -> None:
+    """A warp to a row and a block to a row, one launch and several, tails of every kind."""
+    if is_slow(gpu_backend) and gpu_backend == "triton":
+        shape = min(shape[0], 3), shape[1]
+    logprob, old, advantages, mask, ref = example(*shape)
+    options = {"ratio": ratio, "aggregate": aggregate, "kl_coef": 0.1, "ref_logprob": ref}
+    assert_close_to_reference(logprob, old, advantages, mask, **options)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_strides_and_alignment(gpu_backend: str, ratio: str) -> None:
+    """Rows cut out of longer ones, columns apart, one advantage for all, masks 1 byte off."""
+    logprob, old, advantages, mask, ref = example(4, 41)
+    options = {"ratio": ratio, "kl_coef": 0.1, "kl": "k2", "aggregate": "sequence-mean"}
+    views = (
+        logprob[:, 3:40],
+        old[:, 4:].t().contiguous().t(),
+        advantages[:1].expand(4),
+        mask[:, 1:38],
+    )
+    assert_close_to_reference(*views, ref_logprob=ref[:1, 2:39].expand(4, 37), **options)
+
+
+@pytest.mark.parametrize("aggregate", [*AGGREGATES, 3.0])
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_clusters_and_order_of_threads_do_not_change_a_bit(
+    ratio: str, aggregate: str | float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One launch of a cluster, or two or three without clusters; both on the emulator."""
+    if "cuda" not in on_cpu_tensors():
+        pytest.skip("the kernels run on a GPU here")
+    for shape in ((70, 13), (3, 600)):
+        logprob, old, advantages, mask, ref = example(*shape)
+        options = {"ref_logprob": ref, "kl_coef": 0.1, "ratio": ratio, "aggregate": aggregate}
+        found = []
+        for capability, order in itertools.product(("90", "80"), ("forward", "reverse")):
+            monkeypatch.setenv("IGPO_EMULATE_CAPABILITY", capability)
+            monkeypatch.setenv("IGPO_EMULATE_ORDER", order)
+            with use_backend("cuda"):
+                found.append(loss_and_gradient(logprob, old, advantages, mask, **options))
+        assert all(all(map(torch.equal, x, found[0])) for x in found[1:])
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_a_row_does_not_depend_on_its_neighbours(gpu_backend: str, ratio: str) -> None:
+    logprob, old, advantages, mask, _ = example(5, 39)  # rows at every alignment
+    whole = loss_and_gradient(logprob, old, advantages, mask, ratio=ratio, aggregate="sum")[-1]
+    for row in (1, 3):
+        one = (x[row : row + 1].clone() for x in (logprob, old, advantages, mask))
+        alone = loss_and_gradient(*one, ratio=ratio, aggregate="sum")[-1]
+        assert torch.equal(alone[0], whole[row])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(64, 256), (300, 700)])
+def test_streams_graphs_and_devices(gpu_backend: str, shape: tuple[int, int]) -> None:
+    def run(logprob, old, advantages, mask, ref):
+        return policy_loss(logprob, old, advantages, mask, ref_logprob=ref, kl_coef=0.1)
+
+    check_everywhere(run, example(*shape), example(*shape))
+
+
+@pytest.mark.gpu
+def test_one_launch(gpu_backend: str) -> None:
+    """At 64 x 256, with the gradient: one kernel in CUDA; no copy and no wait in either."""
+    from torch.profiler import ProfilerActivity, profile
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    logprob, old, advantages, mask, ref = (x.cuda() for x in example(64, 256))
+    options = {"ref_logprob": ref, "kl_coef": 0.1, "ratio": "sequence"}
+    policy_loss(logprob, old, advantages, mask, **options)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        policy_loss(logprob, old, advantages, mask, **options)
+        torch.cuda.synchronize()
+    on_device = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    has_clusters = torch.cuda.get_device_capability() >= (9, 0)
+    most = 1 if gpu_backend == "cuda" and has_clusters else 3
+    assert len(on_device) <= most, [e.name for e in on_device]
+    assert not any("Memcpy" in e.name for e in on_device)
 
 
 @pytest.mark.parametrize(("ratio", "kl"), list(itertools.product(RATIOS, KLS)))
@@ -172,7 +275,7 @@ def test_zero_advantages_give_zero_gradient(
     rows: int, length: int, ratio: str, aggregate: str
 ) -> None:
     logprob, old, _, mask, _ = example(rows, length)
-    for name in ("cpu", "reference"):
+    for name in on_cpu_tensors():
         leaf = logprob.clone().requires_grad_()
         with use_backend(name):
             policy_loss(
@@ -205,9 +308,9 @@ def test_threads_and_instruction_sets(isa: str, threads: int) -> None:
 
 def test_compiles_and_passes_opcheck(backend: str) -> None:
     logprob, old, advantages, mask, ref = example(3, 5)
-    op, weights = torch.ops.igpo.policy_loss.default, torch.ones(3)
+    op = torch.ops.igpo.policy_loss.default
     leaf = logprob.clone().requires_grad_()
-    torch.library.opcheck(op, (leaf, old, advantages, mask, ref, 0.2, 0.2, False, 0.1, 2, weights))
+    torch.library.opcheck(op, (leaf, old, advantages, mask, ref, 0.2, 0.2, False, 0.1, 2, 1, 1.0))
 
     def loss(x: torch.Tensor) -> torch.Tensor:
         return policy_loss(x, old, advantages, mask, ref_logprob=ref, kl_coef=0.1).loss
