@@ -50,14 +50,8 @@ def _cpu_forward(
 
 
 def _cuda_forward(
-    tokens: Tensor,
-    maskable: Tensor,
-    t: Tensor,
-    mask_id: int,
-    key: int,
-    row_ids: Tensor,
-    exact: bool,
-) -> tuple[Tensor, Tensor]:
+    tokens: Tensor, maskable: Tensor, t: Tensor, mask_id: int, key: int, row_ids: Tensor, exact: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     tokens, maskable, t, row_ids = (x.contiguous() for x in (tokens, maskable, t, row_ids))
     noisy, masked = torch.empty_like(tokens), torch.empty_like(maskable)
     _native.cuda(

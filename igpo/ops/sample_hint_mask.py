@@ -71,14 +71,8 @@ def _cpu_forward(
 
 
 def _cuda_forward(
-    trace_lengths: Tensor,
-    length: int,
-    ratio: Tensor,
-    low: int,
-    high: int,
-    key: int,
-    row_ids: Tensor,
-) -> Tensor:
+    trace_lengths: Tensor, length: int, ratio: Tensor, low: int, high: int, key: int, row_ids: Tensor
+) -> Tensor:  # fmt: skip
     rows, device = trace_lengths.numel(), trace_lengths.device
     inputs = (x.contiguous() for x in (trace_lengths, ratio, row_ids))
     out = torch.empty(rows, length, dtype=torch.bool, device=device)

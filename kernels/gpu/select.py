@@ -17,7 +17,7 @@ BINS = tl.constexpr(256)
 
 def block(length: int) -> int:
     """Entries of a row that a program takes at once (chosen: 4 to 8 per thread)."""
-    return max(128, min(1024, triton.next_power_of_2(length)))
+    return max(128, min(1024, int(triton.next_power_of_2(length))))
 
 
 @triton.jit

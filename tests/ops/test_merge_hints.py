@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu import on_cpu_tensors
+from gpu_checks import check_everywhere, needs_gpu
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,12 +33,43 @@ def test_matches_definition(backend: str, shape: tuple[int, ...], ran) -> None:
 def test_inputs_are_not_modified_and_strides_do_not_matter(n: int, mask_id: int) -> None:
     tokens, hints, hint_mask = (x.t() for x in example(n, 3))
     before = tokens.clone(), hints.clone(), hint_mask.clone()
-    for name in ("cpu", "reference"):
+    for name in on_cpu_tensors():
         with use_backend(name):
             merged, generate = merge_hints(tokens, hints, hint_mask, mask_id=mask_id)
         assert torch.equal(merged, torch.where(hint_mask, hints, tokens))
         assert torch.equal(generate, merged == mask_id)
     assert all(map(torch.equal, before, (tokens, hints, hint_mask)))
+
+
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_any_alignment(gpu_backend: str, first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens 8 bytes off, masks 1 byte off, an odd number of positions."""
+    monkeypatch.setenv("IGPO_EMULATE_ORDER", "reverse")
+    tokens, hints, hint_mask = (x[first:] for x in example(1040))
+    for shift in (0, 1):
+        inputs = tokens[: 1035 - shift], hints[shift:1035], hint_mask[: 1035 - shift]
+        merged, generate = merge_hints(*inputs, mask_id=MASK)
+        assert torch.equal(merged, torch.where(inputs[2], inputs[1], inputs[0]))
+        assert torch.equal(generate, merged == MASK)
+
+
+@pytest.mark.gpu
+def test_streams_graphs_and_devices(gpu_backend: str) -> None:
+    check_everywhere(
+        lambda *args: merge_hints(*args, mask_id=MASK), example(64, 257), example(64, 257)
+    )
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_positions(gpu_backend: str) -> None:
+    needs_gpu(gib=90)
+    count = 2**31 + 5
+    tokens, hints = (torch.zeros(count, dtype=torch.int64, device="cuda") for _ in range(2))
+    hint_mask = torch.zeros(count, dtype=torch.bool, device="cuda")
+    hints[-2:], hint_mask[-2:], tokens[-3:] = 5, True, MASK
+    merged, generate = merge_hints(tokens, hints, hint_mask, mask_id=MASK)
+    assert merged[-4:].tolist() == [0, MASK, 5, 5]
+    assert generate.sum() == 1
 
 
 def test_every_instruction_set_and_thread_count_agrees(isa: str, threads: int) -> None:
