@@ -84,7 +84,8 @@ class AlgorithmConfig:
     num_generations: int = 8  # G
     num_iterations: int = 4  # mu: inner updates per rollout batch
     scale_rewards: str = "none"  # advantage: none (centred), group (z-score), loo (leave one out)
-    likelihood: str = "mean_field"  # or random_mask, step_map
+    likelihood: str | None = None  # None: the algorithm's own; or mean_field, random_mask, step_map
+    objective: str | None = None  # None: the algorithm's own; or clip
     p_mask_prompt: float = 0.0  # prompt tokens masked at random when scoring (diffu-GRPO: 0.15)
     min_mask_ratio: float = (
         0.0  # random_mask: of the first inner update (released code: 30 steps of 128)
@@ -100,6 +101,9 @@ class AlgorithmConfig:
     loss_type: str = "grpo"  # grpo: sequence-mean; bnpo: token-mean; dr_grpo: constant L; released: the released code
     mask_after_eos: bool = (
         False  # True: score up to and including the first EOS (d1); False: the whole canvas (IGPO)
+    )
+    constant_memory: bool = (
+        True  # several draws: one graph at a time; False: all at once, faster when they fit
     )
     inpaint: InpaintConfig = field(default_factory=InpaintConfig)
 

@@ -85,10 +85,8 @@ def build_policy(cfg: Config, tokenizer: Any) -> Any:
     return (_add_lora(model, cfg.lora, Seed(cfg.train.seed)) if cfg.lora.use_lora else model).eval()
 
 
-def reference_of(policy: Any, cfg: Config) -> Reference | None:
-    """The policy before training, as a context: LoRA switched off, or a frozen copy. None when beta is 0."""
-    if cfg.rl.beta == 0:
-        return None
+def reference_of(policy: Any, cfg: Config) -> Reference:
+    """The policy before training, as a context: LoRA switched off, or a frozen copy."""
     if cfg.lora.use_lora:
 
         @contextmanager

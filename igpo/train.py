@@ -28,8 +28,9 @@ from .policy import Reference, build_policy, load_tokenizer, reference_of
 from .rewards import make_grader
 from .rl.algorithms import Algorithm, Grade, build_algorithm
 from .rl.explorer import SECOND_ATTEMPT
+from .rl.gradient import accumulate
 from .rollout import denoise
-from .types import Graded, Metrics, PolicyBatch, Prompt, Seed, take
+from .types import Graded, Metrics, PolicyBatch, Prompt, Seed
 
 SHOWN = ("reward", "loss", "grad_norm")  # beside the progress bar
 
@@ -106,14 +107,10 @@ def backward(
     The loss is a sum over rows by a divisor of the whole batch, so the size of the micro-batches only sets the memory
     needed.
     """
-    algorithm, total = run.algorithm, {"loss": 0.0}
-    divisor = algorithm.objective.divisor(batch, rows, inner)
-    for part in rows.split(run.cfg.train.per_device_train_batch_size):
-        some = take(batch, part)
-        logprobs = algorithm.likelihood(run.policy, some, inner)
-        loss, found = algorithm.objective(logprobs, some, advantages[part], inner, divisor)
-        loss.backward()
-        metrics.add(total, {"loss": float(loss.detach()), **found})
+    total = {"loss": 0.0}
+    size = run.cfg.train.per_device_train_batch_size
+    for loss, found in accumulate(run.algorithm, run.policy, batch, advantages, inner, rows, size):
+        metrics.add(total, {"loss": loss, **found})
     return total.pop("loss"), total
 
 
@@ -161,7 +158,8 @@ def set_up(cfg: Config) -> Run:
     grade = make_grader(tokenizer, cfg.reward)
     algorithm = build_algorithm(cfg.rl, cfg.rollout, grade, pad_id=tokenizer.pad_token_id)
     policy = build_policy(cfg, tokenizer)
-    reference = reference_of(policy, cfg)  # before a checkpoint's weights are loaded
+    # before a checkpoint's weights are loaded
+    reference = reference_of(policy, cfg) if algorithm.likelihood.needs_reference else None
     updater = Updater(policy, cfg.train, cfg.train.max_steps * cfg.rl.num_iterations)
     state = checkpoint.restore(folder, policy, updater, cfg) if folder else State()
     order = batches(prompts, cfg.train.prompts_per_step, Seed(cfg.train.seed))

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 GIVEN = -1  # step_map of a position that was on the canvas before the first denoise step (a hint)
@@ -144,24 +145,36 @@ class Graded:
 
 @dataclass(frozen=True)
 class Draw:
-    """One evaluation of a likelihood: what to forward, which positions to read, with which weight.
+    """One evaluation of a likelihood: what is masked, which positions are read, with which weight.
 
-    The same draw is evaluated under the policy, the old policy and the reference (common random numbers).
-    tokens: (B, T) int64, the canvas to forward.   score: (B, L) bool.   weight: (B, L) float32 or None for ones.
+    The same draw is evaluated under the policy, the old policy and the reference (common random numbers). Its canvas is
+    rebuilt from the completed one when it is forwarded; nothing of that size is kept.
+    masked: (B, T) bool, what the canvas hides.   score: (B, L) bool.   weight: (B, L) float32 or None for ones.
+    step: (B,) int64, the denoise step whose canvas this is; None when it is none of the rollout's.
+    targets: (B, L) int64, the tokens to score; None: the completion.
     """
 
-    tokens: Tensor
+    masked: Tensor
     score: Tensor
     weight: Tensor | None = None
+    step: Tensor | None = None
+    targets: Tensor | None = None
+
+    def canvas(self, tokens: Tensor, mask_id: int) -> Tensor:
+        """(B, T) int64: the canvas to forward, of the completed one."""
+        return tokens.masked_fill(self.masked, mask_id)
 
 
 @dataclass(frozen=True)
 class PolicyBatch:
-    """What the inner updates need of a graded batch.
+    """What the inner updates need of a graded batch. Every tuple has one entry per inner update.
 
-    draws: per inner update, the draws of that update.   old_logprob, ref_logprob: per inner update (B, L) float32 or
-    None where the objective does not need them.   targets: (B, L) int64, the completion.   token_mask: per inner update
-    (B, L) bool, the tokens that enter the loss (masked by the draws, completion mask, entropy filter).
+    draws: the draws of that update, J of them.   targets: (B, L) int64, the completion.   A value is what the
+    likelihood makes of the draws' log-probs: (B, L), or (B, J, L) where it keeps the draws apart.
+    token_mask: bool, shape of a value: what enters the loss.   old_logprob, ref_logprob: values in float32, or None
+    where the objective does not need them.   weight: (B, J, 1) or (B, J, L) float32, of each draw's terms of the loss;
+    None for ones.   first: (B, J, L), every draw's log-probs under the policy before the first inner update; None where
+    they were not evaluated or are not worth keeping.
     """
 
     canvas: Canvas
@@ -170,6 +183,13 @@ class PolicyBatch:
     token_mask: tuple[Tensor, ...]
     old_logprob: tuple[Tensor | None, ...]
     ref_logprob: tuple[Tensor | None, ...]
+    weight: tuple[Tensor | None, ...] = ()
+    first: Tensor | None = None
+
+    @property
+    def tokens(self) -> Tensor:
+        """(B, T) int64: prompt and completion."""
+        return torch.cat([self.canvas.tokens[:, : self.canvas.prompt_length], self.targets], 1)
 
 
 class Policy(Protocol):
@@ -231,7 +251,7 @@ def _map_rows(record: Any, of_tensor: Callable, of_tuple: Callable) -> Any:
             changes[item.name] = _map_rows(value, of_tensor, of_tuple)
         elif isinstance(value, Mapping) and item.name == "parts":
             changes[item.name] = {k: of_tensor(v) for k, v in value.items()}
-        elif item.name in ("draws", "token_mask", "old_logprob", "ref_logprob"):
+        elif item.name in ("draws", "token_mask", "old_logprob", "ref_logprob", "weight"):
             changes[item.name] = _nested(value, of_tensor, of_tuple)
         elif isinstance(value, tuple):
             changes[item.name] = of_tuple(value)

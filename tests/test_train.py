@@ -302,3 +302,8 @@ def test_take_keeps_the_rows_apart(tiny: Callable[..., Config]) -> None:
     whole = run.algorithm.likelihood(run.policy, batch, 0)
     part = run.algorithm.likelihood(run.policy, take(batch, torch.tensor([5, 2])), 0)
     torch.testing.assert_close(part, whole[[5, 2]])
+
+
+def test_no_reference_without_a_kl_term(tiny: Callable[..., Config]) -> None:
+    assert set_up(tiny("beta=0")).reference is None
+    assert set_up(tiny("beta=0.1")).reference is not None

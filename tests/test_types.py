@@ -44,14 +44,15 @@ def test_put_replaces_rows_and_leaves_the_rest_bitwise() -> None:
 def test_take_reaches_into_draws() -> None:
     canvas = graded().rollouts.canvas
     values = torch.arange(B).float()[:, None].expand(B, L)
-    draw = Draw(canvas.tokens, values > 2, None)
+    draw = Draw(canvas.tokens > 3, values > 2, None)
     batch = PolicyBatch(
         canvas, ((draw,), (draw, draw)), canvas.completion, (values > 0, values > 4),
         (values, None), (None, None),
     )  # fmt: skip
     part = take(batch, torch.tensor([4]))
     assert [len(draws) for draws in part.draws] == [1, 2]
-    assert part.draws[1][1].tokens.tolist() == [[4] * (S + L)]
+    assert part.draws[1][1].masked.tolist() == [[True] * (S + L)]
+    assert part.draws[1][1].canvas(part.tokens, 9).tolist() == [[9] * (S + L)]
     assert part.old_logprob[0].tolist() == [[4.0] * L]
     assert part.old_logprob[1] is None
     assert [mask.tolist() for mask in part.token_mask] == [[[True] * L], [[False] * L]]

@@ -38,7 +38,6 @@ _IGPO_RL = {
     "num_generations": 8,  # [igpo code]
     "num_iterations": 4,  # [igpo code]
     "scale_rewards": "none",  # [paper] section 3: mean only, no standard deviation
-    "likelihood": "mean_field",  # [paper]; [igpo code] d1_masking=true
     "p_mask_prompt": 0.0,  # [paper] drops d1's prompt masking
     "importance_sampling_level": "sequence",  # [igpo code] use_gspo=true
     "epsilon": 0.2,  # [igpo code] epsilon_low = epsilon_high
@@ -103,7 +102,6 @@ PRESETS: dict[str, Preset] = {
             "num_generations": 6,  # [d1 code]
             "num_iterations": 12,  # [d1 code]
             "scale_rewards": "none",  # [d1 code] mean only
-            "likelihood": "mean_field",  # [d1 code]
             "p_mask_prompt": 0.15,  # [d1 code]
             "importance_sampling_level": "token",  # [d1 code]
             "epsilon": 0.5,  # [d1 code]

@@ -133,7 +133,7 @@ def test_the_reference_scores_the_same_draws(toy, batch) -> None:
 def test_prompt_masks_are_fresh_and_spare_padding(toy, batch) -> None:
     draws = DRAWS["prompt_masks"](batch.rollouts, SEED, num_iterations=3)
     canvas = batch.rollouts.canvas
-    masked = [(update.draws[0].tokens == toy.mask)[:, : canvas.prompt_length] for update in draws]
+    masked = [update.draws[0].masked[:, : canvas.prompt_length] for update in draws]
     assert not torch.equal(masked[0], masked[1])
     for mask in masked:
         assert not (mask & ~canvas.attention_mask[:, : canvas.prompt_length]).any()
@@ -141,9 +141,9 @@ def test_prompt_masks_are_fresh_and_spare_padding(toy, batch) -> None:
             0.2 < float(mask[canvas.attention_mask[:, : canvas.prompt_length]].float().mean()) < 0.8
         )
     again = DRAWS["prompt_masks"](batch.rollouts, SEED, num_iterations=3)
-    assert torch.equal(draws[2].draws[0].tokens, again[2].draws[0].tokens)
+    assert torch.equal(draws[2].draws[0].masked, again[2].draws[0].masked)
     other = DRAWS["prompt_masks"](batch.rollouts, SEED.at(4), num_iterations=3)
-    assert not torch.equal(draws[2].draws[0].tokens, other[2].draws[0].tokens)
+    assert not torch.equal(draws[2].draws[0].masked, other[2].draws[0].masked)
 
 
 def test_mask_schedule_golden() -> None:
@@ -165,8 +165,8 @@ def test_random_masks_grow_to_the_full_mask(toy, batch) -> None:
     torch.testing.assert_close(
         model(policy, prepared, 3), full(policy, full.prepare(policy, batch, SEED), 0)
     )
-    noisy = prepared.draws[0][0].tokens[:, batch.rollouts.canvas.prompt_length :]
-    assert torch.equal(noisy == toy.mask, prepared.token_mask[0])
+    masked = prepared.draws[0][0].masked[:, batch.rollouts.canvas.prompt_length :]
+    assert torch.equal(masked, prepared.token_mask[0])
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_as_many_slices_as_steps_is_the_trajectory(toy, denoised) -> None:
     torch.testing.assert_close(got, batch.rollouts.commit_logprob, atol=1e-5, rtol=1e-5)
     order, start = batch.rollouts.step_map, batch.rollouts.canvas.prompt_length
     for step, draw in enumerate(prepared.draws[0]):
-        assert torch.equal(draw.tokens[:, start:] == toy.mask, order >= step)
+        assert torch.equal(draw.masked[:, start:], order >= step)
         assert torch.equal(draw.score, order == step)
 
 
@@ -213,7 +213,7 @@ def test_slices_score_each_generated_token_once_under_earlier_tokens(
         assert torch.equal(torch.stack([d.score for d in update.draws]).sum(0), generated.long())
         assert torch.equal(update.counted, generated)
         for draw in update.draws:
-            hidden = draw.tokens[:, rollouts.canvas.prompt_length :] == toy.mask
+            hidden = draw.masked[:, rollouts.canvas.prompt_length :]
             assert (hidden | ~draw.score).all()
             assert not (hidden & rollouts.canvas.frozen).any()
             first = torch.where(hidden, order, 99).amin(1, keepdim=True)
@@ -238,13 +238,13 @@ def test_replay_scores_hinted_rows_in_the_given_order_and_others_in_their_own(to
     for k, draw in enumerate(
         found.draws
     ):  # as many slices as steps: one token each, what is left of it visible
-        hidden = draw.tokens[:, rollouts.canvas.prompt_length :] == toy.mask
+        hidden = draw.masked[:, rollouts.canvas.prompt_length :]
         position = torch.arange(length)
         assert torch.equal(hidden[rows], (position >= k).expand_as(hidden[rows]))
         assert torch.equal(draw.score[rows], (position == k).expand_as(hidden[rows]))
     for mine, theirs in zip(found.draws, own.draws, strict=False):
         assert torch.equal(mine.score[~rows], theirs.score[~rows])
-        assert torch.equal(mine.tokens[~rows], theirs.tokens[~rows])
+        assert torch.equal(mine.masked[~rows], theirs.masked[~rows])
 
 
 @pytest.mark.parametrize("name", ["mean_field", "random_mask", "step_map"])
@@ -256,7 +256,7 @@ def test_hint_modes(toy, hinted, name: str) -> None:
     if name == "step_map":  # all hints, once, from the full mask
         draw = prepared.draws[0][-1]
         assert torch.equal(draw.score, hints)
-        assert (draw.tokens[:, hinted.rollouts.canvas.prompt_length :] == toy.mask).all()
+        assert draw.masked[:, hinted.rollouts.canvas.prompt_length :].all()
     visible = likelihood(partial(DRAWS[name], hint_mode="condition"))
     prepared = visible.prepare(policy, hinted, SEED)
     for inner in range(3):
@@ -264,8 +264,8 @@ def test_hint_modes(toy, hinted, name: str) -> None:
         assert (logprob[hints] == 0).all()
         assert not (prepared.token_mask[inner] & hints).any()
         for draw in prepared.draws[inner]:
-            tokens = draw.tokens[:, hinted.rollouts.canvas.prompt_length :]
-            assert (tokens[hints] == 4).all()
+            tokens = draw.canvas(prepared.tokens, toy.mask)
+            assert (tokens[:, hinted.rollouts.canvas.prompt_length :][hints] == 4).all()
 
 
 @pytest.mark.parametrize("fraction", [0.2, 0.4, 0.7, 1.0])
@@ -316,9 +316,9 @@ def test_every_slot_meets_every_inner_draw_once(
             model(policy, take(prepared, slot), inner)
     for index, slot in enumerate(rows):
         seen = policy.forwards[index::slots]
-        expected = [draws[0].tokens[slot] for draws in prepared.draws]
+        expected = [draws[0].canvas(prepared.tokens, toy.mask)[slot] for draws in prepared.draws]
         assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
-    distinct = {tuple(draws[0].tokens.flatten().tolist()) for draws in prepared.draws}
+    distinct = {tuple(draws[0].masked.flatten().tolist()) for draws in prepared.draws}
     assert len(distinct) == num_iterations
 
 

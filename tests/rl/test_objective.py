@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from igpo.rl.advantage import centred
-from igpo.rl.objective import LOSS_TYPES, Objective
+from igpo.rl.objective import LOSS_TYPES, Clipped
 from igpo.types import PolicyBatch, take
 
 B, L = 6, 8
 KINDS = [(kind, ratio) for kind in LOSS_TYPES for ratio in ("token", "sequence")]
 
 
-def objective(**options) -> Objective:
+def objective(**options) -> Clipped:
     fields = {
         "epsilon": 0.2, "epsilon_high": 0.2, "ratio": "token", "beta": 0.0, "kl": "k3", "loss_type": "grpo",
     }  # fmt: skip
-    return Objective(**(fields | options))
+    return Clipped(**(fields | options))
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def batch(toy):
     return build
 
 
-def value(spec: Objective, logprob, batch, advantages):
+def value(spec: Clipped, logprob, batch, advantages):
     return spec(
         logprob, batch, advantages, 0, spec.divisor(batch, torch.arange(len(advantages)), 0)
     )

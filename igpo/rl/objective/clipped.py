@@ -1,4 +1,4 @@
-"""Objectives: from log-probs and advantages to the loss.
+"""The clipped policy objective of PPO, GRPO and GSPO, with a KL term.
 
     J = agg_k min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) - beta KL(pi || pi_ref),   loss = -J
 
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from igpo.ops import policy_loss
 from igpo.types import Metrics, PolicyBatch
+
+from .base import Divisor, Needs, all_rows, divergence, rows_with_advantage
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,8 @@ class Terms:
     ratio_mean: Tensor
 
 
-class Divisor(NamedTuple):
-    """size: for the loss, by its loss_type.   tokens: for the metrics, which are means over the loss's tokens."""
-
-    size: float
-    tokens: float
-
-
 @dataclass(frozen=True)
-class Objective:
+class Clipped:
     """The clipped policy objective with a KL term.
 
     epsilon, epsilon_high: the ratio is clipped to [1 - epsilon, 1 + epsilon_high].   ratio: "token", or "sequence"
@@ -52,14 +46,14 @@ class Objective:
     kl: str
     loss_type: str
 
+    @property
+    def needs(self) -> Needs:
+        return Needs(old=True, reference=self.beta > 0, level=self.ratio)
+
     def rows(self, advantages: Tensor) -> Tensor:
         """(N,) int64: the rows to evaluate. Without a KL term those of advantage 0 have neither loss nor gradient and
         are left out, but for one when all are: an update of gradient 0 is an update."""
-        everything = torch.arange(len(advantages), device=advantages.device)
-        if self.beta > 0:
-            return everything
-        found = everything[advantages != 0]
-        return found if found.numel() else everything[:1]
+        return all_rows(advantages) if self.beta > 0 else rows_with_advantage(advantages)
 
     def divisor(self, batch: PolicyBatch, rows: Tensor, inner: int) -> Divisor:
         """What the sums over `rows` of a batch are divided by, never less than 1: the loss by the size of the whole
@@ -99,7 +93,7 @@ def _fused(aggregate: str) -> Callable[..., Terms]:
     """The terms by ops.policy_loss, whose own mean (`aggregate`) is over the rows it is given."""
 
     def terms(
-        spec: Objective,
+        spec: Clipped,
         logprob: Tensor,
         old: Tensor,
         ref: Tensor | None,
@@ -116,7 +110,7 @@ def _fused(aggregate: str) -> Callable[..., Terms]:
 
 
 def _constant_mean(
-    spec: Objective,
+    spec: Clipped,
     logprob: Tensor,
     old: Tensor,
     ref: Tensor | None,
@@ -129,7 +123,7 @@ def _constant_mean(
 
 
 def _released(
-    spec: Objective,
+    spec: Clipped,
     logprob: Tensor,
     old: Tensor,
     ref: Tensor | None,
@@ -151,7 +145,7 @@ def _released(
     ratio = (logprob - old).mean(1, keepdim=True).exp().expand_as(logprob)
     unclipped = ratio * advantages[:, None]
     clipped = ratio.clamp(1 - spec.epsilon, 1 + spec.epsilon_high) * advantages[:, None]
-    kl = torch.zeros_like(logprob) if ref is None else torch.expm1(ref - logprob) - (ref - logprob)
+    kl = torch.zeros_like(logprob) if ref is None else divergence("k3", logprob, ref)
     per_token = -torch.minimum(unclipped, clipped) + spec.beta * kl
     return Terms(mean(per_token), mean((clipped < unclipped).to(kl.dtype)), mean(kl), mean(ratio))
 

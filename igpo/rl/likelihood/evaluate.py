@@ -1,0 +1,230 @@
+"""Evaluates draws: under the old policy and the reference once per batch, under the policy in every inner update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from igpo.ops import keep_top_entropy, linear_logprob
+from igpo.types import Canvas, Draw, Graded, Policy, PolicyBatch, Rollouts, Seed, take
+
+from .draws import DrawFunction, InnerUpdate
+
+Reference = Callable[[], AbstractContextManager[Policy]]
+Combine = Callable[[Tensor, Sequence[Draw]], Tensor]  # (B, J, L) log-probs of J draws -> a value
+Scores = tuple[Tensor, Tensor]  # log-prob and entropy, (B, L)
+
+
+def add_up(logprob: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """(B, J, L) -> (B, L): the weighted sum over the draws."""
+    total = _weighted(logprob[:, 0], draws[0])
+    for index, draw in enumerate(draws[1:], 1):
+        total = total + _weighted(logprob[:, index], draw)
+    return total
+
+
+def keep_apart(logprob: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """(B, J, L): each draw by its weight."""
+    if all(draw.weight is None for draw in draws):
+        return logprob
+    return torch.stack([_weighted(logprob[:, j], draw) for j, draw in enumerate(draws)], 1)
+
+
+def _weighted(logprob: Tensor, draw: Draw) -> Tensor:
+    return logprob if draw.weight is None else logprob * draw.weight
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Evaluates a draw function.
+
+    num_iterations: mu.   needs_reference, needs_old: what the objective asks for; nothing else is evaluated.
+    entropy_filter: tau; of the hint tokens (canvas.frozen) only the max(1, floor(tau n)) of highest entropy under the
+    old policy enter the loss; 1 keeps all.   mask_after_eos: score up to and including the first EOS; False: the whole
+    canvas.   batch_size: rows per forward of `prepare`.   combine: from the log-probs of J draws to a value: `add_up`
+    to (B, L), `keep_apart` to (B, J, L), or an estimator's own.   always_old: evaluate the old policy even when there
+    is one inner update.
+
+    No module is switched between train and eval mode here, so the three evaluations see the same mode; with dropout
+    active they still differ from one another, and the first ratio is not 1.
+    """
+
+    draw: DrawFunction
+    num_iterations: int
+    needs_reference: bool
+    entropy_filter: float
+    mask_after_eos: bool
+    batch_size: int
+    combine: Combine = add_up
+    needs_old: bool = True
+    always_old: bool = False
+
+    @torch.no_grad()
+    def prepare(
+        self, policy: Policy, graded: Graded, seed: Seed, reference: Reference | None = None
+    ) -> PolicyBatch:
+        """Makes the draws of all inner updates and evaluates what does not change while the policy does.
+
+        With one inner update the policy *is* the old policy, and old_logprob is left None: the objective then uses the
+        policy's own values, detached. Call it before the first update of the batch.
+
+        Raises:
+            ValueError: a KL term without a reference; mask_after_eos without an eos_id.
+        """
+        if self.needs_reference and reference is None:
+            raise ValueError(
+                "likelihood: reference must be given for a KL term, got None. Pass the frozen model "
+                "(or the adapter switched off) as a context manager, or set beta=0."
+            )
+        rollouts = graded.rollouts
+        canvas, targets = rollouts.canvas, rollouts.completion
+        updates = _restrict(self.draw(rollouts, seed.named("draws")), self._within(rollouts))
+        batch = PolicyBatch(
+            canvas, tuple(update.draws for update in updates), targets, (), (), (),
+            tuple(update.weight for update in updates),
+        )  # fmt: skip
+        with_old = self.needs_old and (self.num_iterations > 1 or self.always_old)
+        filtered = self.entropy_filter < 1 and bool(canvas.frozen.any())
+        old = self._of_draws(policy, batch, None if with_old else self._hinted(canvas, filtered))
+        nothing: list[Tensor | None] = [None] * len(updates)
+        ref = nothing
+        if self.needs_reference and reference is not None:
+            with reference() as frozen:
+                scores = self._of_draws(frozen, batch, None)
+                ref = [self._value(scores, update) for update in updates]
+        return replace(
+            batch,
+            token_mask=tuple(self._token_mask(u, canvas, old if filtered else {}) for u in updates),
+            old_logprob=tuple(
+                [self._value(old, update) for update in updates] if with_old else nothing
+            ),
+            ref_logprob=tuple(ref),
+            first=_stack(old, updates[0].draws) if with_old else None,
+        )
+
+    def __call__(self, policy: Policy, batch: PolicyBatch, inner: int) -> Tensor:
+        """The value of inner update `inner`, nats, with gradient; 0 where the draws do not score."""
+        return self.combine(evaluate(policy, batch, inner), batch.draws[inner])
+
+    def _hinted(self, canvas: Canvas, filtered: bool) -> Tensor:
+        """The rows whose entropy is asked for when nothing else of the old policy is."""
+        rows = canvas.frozen.any(1).nonzero()[:, 0]
+        return rows if filtered else rows[:0]
+
+    def _of_draws(
+        self, policy: Policy, batch: PolicyBatch, rows: Tensor | None
+    ) -> dict[int, Scores]:
+        """id of a draw -> its scores of `rows` (None: all), 0 elsewhere. Updates that share a draw share its scores."""
+        found: dict[int, Scores] = {}
+        size, tokens = len(batch.targets), batch.tokens
+        some = torch.arange(size, device=batch.targets.device) if rows is None else rows
+        for draw in (draw for draws in batch.draws for draw in draws):
+            if id(draw) in found or some.numel() == 0:
+                continue
+            parts = [
+                score(policy, take(batch.canvas, part), tokens[part], take(draw, part))
+                for part in some.split(self.batch_size)
+            ]
+            logprob, entropy = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+            if rows is not None:
+                logprob, entropy = (
+                    x.new_zeros(batch.targets.shape).index_copy(0, rows, x)
+                    for x in (logprob, entropy)
+                )
+            found[id(draw)] = (logprob, entropy)
+        return found
+
+    def _value(self, scores: dict[int, Scores], update: InnerUpdate) -> Tensor:
+        return self.combine(_stack(scores, update.draws), update.draws)
+
+    def _within(self, rollouts: Rollouts) -> Tensor:
+        """(B, L) bool: the completion as far as it is scored."""
+        if not self.mask_after_eos:
+            return torch.ones_like(rollouts.canvas.frozen)
+        if rollouts.canvas.eos_id is None:
+            raise ValueError(
+                "likelihood: mask_after_eos must have an eos_id on the canvas, got None. "
+                "Give the model an eos_token_id or set mask_after_eos=False."
+            )
+        is_eos = rollouts.completion == rollouts.canvas.eos_id
+        return is_eos.long().cumsum(1) - is_eos.long() == 0
+
+    def _token_mask(self, update: InnerUpdate, canvas: Canvas, old: dict[int, Scores]) -> Tensor:
+        if not old:
+            return self._apart(update.counted, update)
+        of_draws = torch.stack([old[id(draw)][1] for draw in update.draws])
+        times = torch.stack([draw.score for draw in update.draws]).sum(0).clamp(min=1)
+        counted, frozen = update.counted, canvas.frozen
+        mean = (of_draws.sum(0) / times).float()
+        kept = keep_top_entropy(mean, counted & frozen, self.entropy_filter)
+        return self._apart((counted & ~frozen) | kept, update)
+
+    def _apart(self, counted: Tensor, update: InnerUpdate) -> Tensor:
+        """counted, of every draw where they are kept apart."""
+        if self.combine is not keep_apart:
+            return counted
+        return counted[:, None] & torch.stack([draw.score for draw in update.draws], 1)
+
+
+def evaluate(policy: Policy, batch: PolicyBatch, inner: int) -> Tensor:
+    """(B, J, L) log-probs of the draws of an inner update, 0 where they do not score.
+
+    Rows in which a draw scores nothing are not forwarded. When no draw scores anything at all, one row is, so that
+    the result still belongs to the graph.
+    """
+    draws, tokens = batch.draws[inner], batch.tokens
+    scoring = [draw for draw in draws if bool(draw.score.any())] or list(draws[:1])
+    found = {id(draw): score(policy, batch.canvas, tokens, draw)[0] for draw in scoring}
+    zeros = torch.zeros_like(next(iter(found.values())))
+    return torch.stack([found.get(id(draw), zeros) for draw in draws], 1)
+
+
+def score(policy: Policy, canvas: Canvas, tokens: Tensor, draw: Draw) -> Scores:
+    """(B, L) log-prob and entropy of one draw, unweighted; at least one row is forwarded.
+
+    tokens: (B, T), the completed canvases.
+    """
+    rows = draw.score.any(1).nonzero()[:, 0]
+    if rows.numel() == 0:
+        rows = torch.arange(min(1, len(tokens)), device=tokens.device)
+    hidden = policy.hidden(
+        draw.canvas(tokens, canvas.mask_id)[rows],
+        canvas.attention_mask[rows],
+        canvas.position_ids[rows],
+    )
+    read = draw.score[rows]
+    targets = tokens[:, canvas.prompt_length :] if draw.targets is None else draw.targets
+    logprob, entropy = linear_logprob(
+        hidden[:, canvas.prompt_length :][read],
+        policy.head_weight,
+        targets[rows][read],
+        bias=policy.head_bias,
+    )
+    spread = torch.zeros(draw.score.shape, dtype=logprob.dtype, device=logprob.device)
+    return spread.masked_scatter(draw.score, logprob), spread.masked_scatter(draw.score, entropy)
+
+
+def _stack(scores: dict[int, Scores], draws: Sequence[Draw]) -> Tensor:
+    """(B, J, L)."""
+    return torch.stack([scores[id(draw)][0] for draw in draws], 1)
+
+
+def _restrict(updates: Sequence[InnerUpdate], within: Tensor) -> list[InnerUpdate]:
+    """The updates reading nothing outside `within`; draws that were shared still are."""
+    if bool(within.all()):
+        return list(updates)
+    distinct = {
+        id(draw): replace(draw, score=draw.score & within) for u in updates for draw in u.draws
+    }
+    return [
+        replace(
+            update,
+            draws=tuple(distinct[id(draw)] for draw in update.draws),
+            counted=update.counted & within,
+        )
+        for update in updates
+    ]
