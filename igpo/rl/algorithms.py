@@ -52,7 +52,7 @@ class Algorithm:
 
 @dataclass(frozen=True)
 class Composition:
-    """An algorithm as the names of its parts (parts.py): what the configuration leaves open (None) is filled from it."""
+    """An algorithm as the names of its parts (parts.py): what the configuration leaves open is filled from it."""
 
     explorer: str
     likelihood: str
