@@ -79,18 +79,47 @@ class InpaintConfig:
 
 
 @dataclass(frozen=True)
+class DrawsConfig:
+    """How likelihoods choose what to mask. Each option is of the likelihoods its comment names."""
+
+    num_draws: int = 2  # elbo…: Monte Carlo samples of an inner update; step_mc: denoise steps
+    elbo_weighting: str = "L/l"  # elbo: or 1/t, of the same mean and diverging variance
+    p_mask_clean: float = 0.15  # elbo_blocks: clean tokens hidden at random (SPG)
+    num_slices: int = 4  # step_map: canvases scored per inner update
+    shrink: int = 8  # slices: denoise steps merged into one canvas (TraceRL on LLaDA)
+    step_proposal: str = "uniform"  # step_mc: or entropy
+    likelihood_temperature: float = 1.0  # of the softmax that is scored (AGRPO: the rollout's)
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Constants of single methods, with their published values where there are any (igpo/rl/presets.py)."""
+
+    psi: float = 1.0  # wd1: weights softmax(psi A)
+    alpha: float = 0.04  # DMPO: temperature of the target
+    target_baseline: str = "negative"  # DMPO: or group, none
+    upper_power: float = 1.5  # SPG: beta of the upper bound
+    upper_mixture: float = 0.5  # SPG: share of the upper bound where A < 0
+    behaviour_cap: float = 2.0  # DiFFPO: largest correction (ours: the paper's is not known to us)
+    token_budget: int = (
+        16384  # loss_type=budget (C3PO): tokens a loss is divided by (ours: 64 completions of 256)
+    )
+
+
+@dataclass(frozen=True)
 class AlgorithmConfig:
     algorithm: str = "igpo"  # a key of igpo.rl.algorithms.ALGORITHMS
     num_generations: int = 8  # G
     num_iterations: int = 4  # mu: inner updates per rollout batch
     scale_rewards: str = "none"  # advantage: none (centred), group (z-score), loo (leave one out)
-    likelihood: str | None = None  # None: the algorithm's own; or mean_field, random_mask, step_map
-    objective: str | None = None  # None: the algorithm's own; or clip
+    likelihood: str | None = (
+        None  # None: the algorithm's own; or a key of igpo.rl.parts.LIKELIHOODS
+    )
+    objective: str | None = None  # None: the algorithm's own; or a key of igpo.rl.parts.OBJECTIVES
     p_mask_prompt: float = 0.0  # prompt tokens masked at random when scoring (diffu-GRPO: 0.15)
     min_mask_ratio: float = (
         0.0  # random_mask: of the first inner update (released code: 30 steps of 128)
     )
-    num_slices: int = 4  # step_map: canvases scored per inner update
     # score; condition: hints stay visible and get no gradient; replay (step_map): hinted rows are scored left to right
     hint_mode: str = "score"
     importance_sampling_level: str = "sequence"  # or token
@@ -98,7 +127,10 @@ class AlgorithmConfig:
     epsilon_high: float | None = None  # None: epsilon
     beta: float = 0.01
     kl_estimator: str = "k3"
-    loss_type: str = "grpo"  # grpo: sequence-mean; bnpo: token-mean; dr_grpo: constant L; released: the released code
+    kl_level: str = "token"  # or sequence: of the summed log-probs (ESPO)
+    kl_to: str = "reference"  # objective=clip_draws: or old (TraceRL)
+    # grpo: sequence-mean; bnpo: token-mean; dr_grpo: constant L; budget: constant (C3PO); released: the released code
+    loss_type: str = "grpo"
     mask_after_eos: bool = (
         False  # True: score up to and including the first EOS (d1); False: the whole canvas (IGPO)
     )
@@ -106,6 +138,8 @@ class AlgorithmConfig:
         True  # several draws: one graph at a time; False: all at once, faster when they fit
     )
     inpaint: InpaintConfig = field(default_factory=InpaintConfig)
+    draws: DrawsConfig = field(default_factory=DrawsConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
 
 
 @dataclass(frozen=True)

@@ -83,10 +83,12 @@ def train(run: Run, log: RunLog) -> Metrics:
 
             # score the completions under the old policy and the reference, then update the policy mu times
             batch = algorithm.likelihood.prepare(policy, rescued, seed, run.reference)
-            updates = [
-                update(run, batch, advantages, inner, f"step {step}, inner update {inner}")
-                for inner in range(cfg.rl.num_iterations)
-            ]
+            updates = []
+            for inner in range(cfg.rl.num_iterations):
+                weights = algorithm.reweigh(rescued, batch, advantages, inner)
+                updates.append(
+                    update(run, batch, weights, inner, f"step {step}, inner update {inner}")
+                )
             book.end(step, prompts, graded, rescued, advantages, updates)
     return book.last
 

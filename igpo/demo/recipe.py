@@ -8,6 +8,7 @@ from typing import Any
 from igpo.config import (
     AlgorithmConfig,
     Config,
+    DrawsConfig,
     EvalConfig,
     InpaintConfig,
     RolloutConfig,
@@ -72,8 +73,8 @@ def arm_config(arm: str, seed: int, num_steps: int = NUM_STEPS) -> Config:
     """The published IGPO scaled down: lambda, eta, tau and G are the paper's; chunks are single states."""
     rl = AlgorithmConfig(
         num_generations=8, num_iterations=1, scale_rewards="none", likelihood="step_map",
-        num_slices=CHAIN.completion_length, hint_mode="replay", importance_sampling_level="token", beta=0.0,
-        loss_type="bnpo", constant_memory=False,
+        draws=DrawsConfig(num_slices=CHAIN.completion_length), hint_mode="replay",
+        importance_sampling_level="token", beta=0.0, loss_type="bnpo", constant_memory=False,
         inpaint=InpaintConfig(eta_low=0.2, eta_high=0.6, chunk_min=1, chunk_max=1, entropy_filter=0.2),
     )  # fmt: skip
     return Config(

@@ -57,3 +57,37 @@ def _group_mean(values: Tensor, group: Tensor) -> Tensor:
     size = torch.bincount(group, minlength=1)
     total = values.new_zeros(size.shape[0]).index_add(0, group, values)
     return (total / size)[group]
+
+
+def reward(graded: Graded) -> Tensor:
+    """A_i = r_i, for objectives that set the baseline themselves."""
+    return graded.rewards.float()
+
+
+def softmax_difference(graded: Graded, *, psi: float = 1.0) -> Tensor:
+    """A_i = softmax_i(psi r) - softmax_i(-psi r) within the group; they sum to 0. Source: arXiv:2507.08838 (wd1)."""
+    deviation, group = _deviations(graded)
+    up, down = (group_softmax(sign * psi * deviation, group) for sign in (1.0, -1.0))
+    return (up - down).float()
+
+
+def best_and_worst(graded: Graded) -> Tensor:
+    """+1 for the rows of the group's highest reward, -1 for those of its lowest, 0 between and where all are equal.
+
+    Pairs for a preference objective from graded rollouts.
+    """
+    _, group = _deviations(graded)
+    rewards, size = graded.rewards.double(), int(group.max()) + 1 if len(group) else 0
+    high, low = (
+        rewards.new_zeros(size).scatter_reduce(0, group, rewards, kind, include_self=False)[group]
+        for kind in ("amax", "amin")
+    )
+    return ((rewards == high).float() - (rewards == low).float()) * (high > low)
+
+
+def group_softmax(values: Tensor, group: Tensor) -> Tensor:
+    """(B,) softmax over each row's group; group: (B,) int64, dense from 0."""
+    size = torch.bincount(group, minlength=1).shape[0]
+    top = values.new_zeros(size).scatter_reduce(0, group, values, "amax", include_self=False)
+    power = (values - top[group]).exp()
+    return power / values.new_zeros(size).index_add(0, group, power)[group]

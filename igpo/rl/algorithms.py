@@ -24,10 +24,14 @@ from .parts import (
     EXPLORERS,
     LIKELIHOODS,
     OBJECTIVES,
+    OWN_ADVANTAGES,
     RELEASED_LIKELIHOODS,
+    REWEIGHS,
     Estimator,
     Grade,
+    Reweigh,
 )
+from .reweigh import unchanged
 
 __all__ = ["ALGORITHMS", "LIKELIHOODS", "Algorithm", "Composition", "Grade", "build_algorithm"]
 
@@ -39,6 +43,7 @@ class Algorithm:
     explorer(policy, prompts, graded, seed) -> graded
     advantage(graded) -> (B,)
     likelihood.prepare(policy, graded, seed, reference) -> batch
+    reweigh(graded, batch, advantages, inner) -> advantages of that inner update
     gradient.accumulate(algorithm, policy, batch, advantages, inner, objective.rows(advantages), size): in it
     likelihood(policy, batch, inner) -> value;   objective(value, batch, advantages, inner, divisor) -> (loss, metrics)
     """
@@ -48,6 +53,7 @@ class Algorithm:
     likelihood: Likelihood
     objective: Objective
     constant_memory: bool = True  # gradient.py
+    reweigh: Reweigh = unchanged
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,8 @@ class Composition:
     objective: str
     check: Callable[[AlgorithmConfig, RolloutConfig], None] = checks.nothing
     likelihoods: dict[str, Estimator] | None = None  # None: LIKELIHOODS
+    advantage: str | None = None  # of OWN_ADVANTAGES; None: as scale_rewards says
+    reweigh: str = "none"
 
 
 ALGORITHMS: dict[str, Composition] = {
@@ -74,6 +82,30 @@ ALGORITHMS: dict[str, Composition] = {
     "trace_in_group": Composition("trace", "mean_field", "clip"),
     # the same with IGPO's entropy filter: what the policy did not write is a hint, here all of it
     "trace_as_hints": Composition("trace_as_hints", "mean_field", "clip", checks.hints),
+    # arXiv:2510.04019: Monte Carlo over denoise steps, each with a token ratio
+    "agrpo": Composition("none", "step_mc", "clip_draws"),
+    # arXiv:2512.03759: sequence ratio of coupled ELBO draws, k2 of the sequence
+    "espo": Composition("none", "elbo_pairs", "clip"),
+    # arXiv:2510.11683: a bound of the ELBO ratio that is a sum over draws
+    "bgpo": Composition("none", "elbo", "boundary"),
+    # arXiv:2507.08838: likelihood weighted by softmax(A) - softmax(-A)
+    "wd1": Composition("none", "mean_field", "likelihood", advantage="softmax_difference"),
+    # arXiv:2510.08233: cross-entropy to the target p_ref exp(r/alpha) by importance weights
+    "dmpo": Composition("none", "elbo_complements", "cross_entropy", advantage="reward", reweigh="target"),
+    # arXiv:2510.09541: lower bound for good, mixture with an upper bound for bad completions
+    "spg": Composition("none", "elbo_blocks", "sandwich"),
+    # arXiv:2505.15809 (MMaDA): masked tokens at mask ratios spread over the inner updates
+    "unigrpo": Composition("none", "random_mask", "clip"),
+    # arXiv:2506.20639 (DiffuCoder): a random mask and its complement
+    "coupled_grpo": Composition("none", "coupled", "clip"),
+    # arXiv:2509.06949: every slice of the recorded trajectory
+    "tracerl": Composition("none", "slices", "clip_draws"),
+    # arXiv:2510.02212: two canvases, corrected for the real sampler
+    "diffpo": Composition("none", "two_mean_field", "clip", reweigh="behaviour"),
+    # arXiv:2506.14731 (Ring-lite): GRPO whose loss is divided by a budget of tokens
+    "c3po": Composition("none", "mean_field", "clip", checks.budget),
+    # arXiv:2505.15311: squared trajectory Bellman residual
+    "tbrm": Composition("none", "elbo", "bellman", advantage="reward"),
 }  # fmt: skip
 
 
@@ -92,29 +124,39 @@ def build_algorithm(
         _fixed(cfg), likelihood=cfg.likelihood or made.likelihood, objective=cfg.objective or made.objective
     )  # fmt: skip
     likelihoods = made.likelihoods or LIKELIHOODS
-    for option, names in (
-        ("scale_rewards", ADVANTAGES),
-        ("likelihood", likelihoods),
-        ("objective", OBJECTIVES),
-    ):
-        checks.name(option, getattr(cfg, option), names)
+    checks.name("scale_rewards", cfg.scale_rewards, ADVANTAGES)
+    checks.name("likelihood", cfg.likelihood, likelihoods)
+    checks.name("objective", cfg.objective, OBJECTIVES)
     checks.options(cfg)
     made.check(cfg, rollout)
     estimator, objective = likelihoods[str(cfg.likelihood)], OBJECTIVES[str(cfg.objective)](cfg)
-    checks.fit(cfg, estimator.level, objective.needs)
-    likelihood = Likelihood(
+    checks.fit(cfg, estimator, objective, made.advantage)
+    return Algorithm(
+        explorer=EXPLORERS[made.explorer](cfg, rollout, grade, pad_id),
+        advantage=OWN_ADVANTAGES[made.advantage](cfg) if made.advantage else ADVANTAGES[cfg.scale_rewards],
+        likelihood=_likelihood(cfg, rollout, estimator, objective, made.reweigh),
+        objective=objective,
+        constant_memory=cfg.constant_memory,
+        reweigh=REWEIGHS[made.reweigh](cfg),
+    )  # fmt: skip
+
+
+def _likelihood(
+    cfg: AlgorithmConfig, rollout: RolloutConfig, estimator: Estimator, objective: Objective, reweigh: str
+) -> Likelihood:  # fmt: skip
+    needs = objective.needs
+    return Likelihood(
         draw=estimator.build(cfg, rollout),
         num_iterations=cfg.num_iterations,
-        needs_reference=objective.needs.reference,
+        needs_reference=needs.reference or reweigh == "target",
         entropy_filter=cfg.inpaint.entropy_filter,
         mask_after_eos=cfg.mask_after_eos,
         batch_size=rollout.rollout_batch_size,
-        combine=COMBINES[objective.needs.draws],
-        needs_old=objective.needs.old,
-    )
-    explorer = EXPLORERS[made.explorer](cfg, rollout, grade, pad_id)
-    return Algorithm(
-        explorer, ADVANTAGES[cfg.scale_rewards], likelihood, objective, cfg.constant_memory
+        combine=COMBINES[needs.draws](cfg),
+        needs_old=needs.old or reweigh != "none",
+        always_old=reweigh != "none",
+        once=reweigh == "target",
+        temperature=cfg.draws.likelihood_temperature,
     )
 
 

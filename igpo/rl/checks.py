@@ -4,27 +4,68 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from igpo.config import AlgorithmConfig, InpaintConfig, RolloutConfig
+from igpo.config import (
+    AlgorithmConfig,
+    DrawsConfig,
+    InpaintConfig,
+    MethodConfig,
+    RolloutConfig,
+)
 
-from .objective import LOSS_TYPES, Needs
-from .parts import LAYOUTS, RELEASED_FIRST_LEVEL
+from .objective import LOSS_TYPES, Objective
+from .parts import LAYOUTS, RELEASED_FIRST_LEVEL, Estimator
 
 
 def nothing(cfg: AlgorithmConfig, rollout: RolloutConfig) -> None:
     """An algorithm without conditions of its own."""
 
 
-def name(option: str, value: object, names: Iterable[str]) -> None:
+def name(option: str, value: str | None, names: Iterable[str]) -> None:
     """Raises ValueError unless value is one of names."""
-    require(value in names, option, one_of(names), value)
+    require(value in set(names), option, one_of(names), value)
 
 
-def fit(cfg: AlgorithmConfig, level: str, needs: Needs) -> None:
-    """Whether the objective can take what the likelihood gives."""
+def fit(
+    cfg: AlgorithmConfig, estimator: Estimator, objective: Objective, advantage: str | None
+) -> None:
+    """Whether the objective can take what the likelihood and the advantages give."""
+    needs, likelihood = objective.needs, cfg.likelihood
     require(
-        level == "token" or needs.level == "sequence", "importance_sampling_level",
-        f"be 'sequence' with likelihood {cfg.likelihood!r}, whose terms are no log-probs of single tokens", "token",
-        "Set importance_sampling_level=sequence, or use a likelihood of tokens such as mean_field.",
+        advantage is None or cfg.scale_rewards == "none", "scale_rewards",
+        f"be 'none' with algorithm {cfg.algorithm!r}, which has weights of its own", cfg.scale_rewards,
+        "Set scale_rewards=none.",
+    )  # fmt: skip
+    require(
+        estimator.level == "token" or needs.level == "sequence", "likelihood",
+        f"be one of tokens with the token ratio of objective {cfg.objective!r}: the terms of an ELBO are no log-probs "
+        "of single tokens", likelihood, "Set importance_sampling_level=sequence, or likelihood=mean_field.",
+    )  # fmt: skip
+    require(
+        not estimator.apart or needs.draws == "apart", "objective",
+        f"keep draws apart with likelihood {likelihood!r}, in which a token may be in several of them", cfg.objective,
+        "Set objective=clip_draws, or likelihood=slices.",
+    )  # fmt: skip
+    require(
+        needs.draws != "bounds" or estimator.level == "sequence", "likelihood",
+        "be an ELBO with objective 'sandwich', whose two bounds are of random draws", likelihood,
+        "Set likelihood=elbo_blocks or elbo.",
+    )  # fmt: skip
+    require(
+        needs.draws != "halves" or (cfg.draws.num_draws % 2 == 0 and likelihood == "elbo"), "num_draws",
+        "be even, with likelihood 'elbo', for objective 'bellman', which multiplies two independent estimates",
+        (cfg.draws.num_draws, likelihood), "Set num_draws=2 and likelihood=elbo.",
+    )  # fmt: skip
+    require(
+        cfg.objective not in ("preference", "bellman") or cfg.beta > 0, "beta",
+        f"be positive with objective {cfg.objective!r}", cfg.beta, "It scales the log-ratio to the reference.",
+    )  # fmt: skip
+
+
+def budget(cfg: AlgorithmConfig, rollout: RolloutConfig) -> None:
+    """C3PO is its aggregation."""
+    require(
+        cfg.loss_type == "budget", "loss_type", "be 'budget' with algorithm 'c3po'", cfg.loss_type,
+        "Set loss_type=budget, or algorithm=grpo.",
     )  # fmt: skip
 
 
@@ -40,7 +81,9 @@ def one_of(names) -> str:
 def options(cfg: AlgorithmConfig) -> None:
     for option, names in (
         ("importance_sampling_level", ("token", "sequence")),
-        ("kl_estimator", ("k1", "k2", "k3")),
+        ("kl_estimator", ("k1", "k2", "k3", "k3_ratio")),
+        ("kl_level", ("token", "sequence")),
+        ("kl_to", ("reference", "old")),
         ("loss_type", LOSS_TYPES),
         ("hint_mode", ("score", "condition", "replay")),
     ):
@@ -49,7 +92,6 @@ def options(cfg: AlgorithmConfig) -> None:
     for option, rule, holds in (
         ("num_generations", "be at least 2 (a group of one has no baseline)", cfg.num_generations > 1),
         ("num_iterations", "be at least 1", cfg.num_iterations >= 1),
-        ("num_slices", "be at least 1", cfg.num_slices >= 1),
         ("p_mask_prompt", "lie in [0, 1)", 0 <= cfg.p_mask_prompt < 1),
         ("min_mask_ratio", "lie in [0, 1)", 0 <= cfg.min_mask_ratio < 1),
         ("epsilon", "lie in (0, 1]", 0 < cfg.epsilon <= 1),
@@ -58,6 +100,9 @@ def options(cfg: AlgorithmConfig) -> None:
     ):  # fmt: skip
         require(holds, option, rule, getattr(cfg, option))
     _inpaint(cfg.inpaint)
+    _draws(cfg.draws)
+    _method(cfg.method)
+    _kl(cfg)
     require(
         cfg.hint_mode != "replay" or cfg.likelihood == "step_map", "hint_mode",
         f"be score or condition with likelihood {cfg.likelihood!r}, which has no steps", cfg.hint_mode,
@@ -113,4 +158,41 @@ def released(cfg: AlgorithmConfig, rollout: RolloutConfig) -> None:
     require(
         cfg.likelihood == "mean_field" or rollout.diffusion_steps >= needed, "diffusion_steps",
         f"be at least {needed} for the released mask schedule", rollout.diffusion_steps,
+    )  # fmt: skip
+
+
+def _draws(cfg: DrawsConfig) -> None:
+    name("elbo_weighting", cfg.elbo_weighting, ("L/l", "1/t"))
+    name("step_proposal", cfg.step_proposal, ("uniform", "entropy"))
+    for option in ("num_draws", "num_slices", "shrink"):
+        require(getattr(cfg, option) >= 1, option, "be at least 1", getattr(cfg, option))
+    require(0 <= cfg.p_mask_clean < 1, "p_mask_clean", "lie in [0, 1)", cfg.p_mask_clean)
+    heat = cfg.likelihood_temperature
+    require(heat > 0, "likelihood_temperature", "be positive", heat)
+
+
+def _method(cfg: MethodConfig) -> None:
+    name("target_baseline", cfg.target_baseline, ("negative", "group", "none"))
+    for option in ("psi", "alpha", "behaviour_cap", "token_budget"):
+        require(getattr(cfg, option) > 0, option, "be positive", getattr(cfg, option))
+    require(cfg.upper_power > 0, "upper_power", "be positive", cfg.upper_power)
+    require(0 <= cfg.upper_mixture <= 1, "upper_mixture", "lie in [0, 1]", cfg.upper_mixture)
+
+
+def _kl(cfg: AlgorithmConfig) -> None:
+    """What the clipped objectives can do with a KL term."""
+    apart = cfg.objective == "clip_draws"
+    for option, plain in (
+        ("kl_estimator", cfg.kl_estimator != "k3_ratio"),
+        ("kl_to", cfg.kl_to == "reference"),
+    ):
+        require(
+            plain or apart, option, f"be another with objective {cfg.objective!r}", getattr(cfg, option),
+            "It is of objective=clip_draws.",
+        )  # fmt: skip
+    whole = cfg.importance_sampling_level == "sequence" and cfg.loss_type == "grpo"
+    require(
+        cfg.kl_level == "token" or (whole and cfg.objective == "clip"), "kl_level",
+        "be 'token' but for a sequence ratio with loss_type 'grpo' and objective 'clip'", cfg.kl_level,
+        "Set kl_level=token, or importance_sampling_level=sequence and loss_type=grpo.",
     )  # fmt: skip

@@ -68,24 +68,32 @@ def _two_passes(
     if inner == 0 and some.first is not None:
         logprob = some.first.clone()
     else:
-        logprob = _without_graph(policy, some, inner, size)
+        logprob = _without_graph(algorithm, policy, some, inner, size)
     logprob.requires_grad_()
     value = algorithm.likelihood.combine(logprob, some.draws[inner])
     divisor = algorithm.objective.divisor(batch, rows, inner)
     loss, found = algorithm.objective(value, some, advantages[rows], inner, divisor)
     (coefficient,) = torch.autograd.grad(loss, logprob)
-    _pull_back(policy, some, inner, coefficient, size)
+    _pull_back(algorithm, policy, some, inner, coefficient, size)
     return float(loss.detach()), found
 
 
 @torch.no_grad()
-def _without_graph(policy: Policy, batch: PolicyBatch, inner: int, size: int) -> Tensor:
+def _without_graph(
+    algorithm: Scored, policy: Policy, batch: PolicyBatch, inner: int, size: int
+) -> Tensor:
     parts = torch.arange(len(batch.targets), device=batch.targets.device).split(size)
-    return torch.cat([evaluate(policy, take(batch, part), inner) for part in parts])
+    temperature = algorithm.likelihood.temperature
+    return torch.cat([evaluate(policy, take(batch, part), inner, temperature) for part in parts])
 
 
 def _pull_back(
-    policy: Policy, batch: PolicyBatch, inner: int, coefficient: Tensor, size: int
+    algorithm: Scored,
+    policy: Policy,
+    batch: PolicyBatch,
+    inner: int,
+    coefficient: Tensor,
+    size: int,
 ) -> None:
     """Adds the gradient of sum(coefficient * x) by the parameters, one draw of `size` rows at a time.
 
@@ -101,7 +109,8 @@ def _pull_back(
         for part in matters[:, j].nonzero()[:, 0].split(size):
             if part.numel():
                 draw = _only(take(batch, part), inner, slice(j, j + 1))
-                (evaluate(policy, draw, inner)[:, 0] * coefficient[part, j]).sum().backward()
+                value = evaluate(policy, draw, inner, algorithm.likelihood.temperature)[:, 0]
+                (value * coefficient[part, j]).sum().backward()
 
 
 def _of_draws(

@@ -7,17 +7,59 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from igpo.config import AlgorithmConfig, RolloutConfig
-from igpo.rollout import pseudo_order
-from igpo.types import Graded, Prompt, Rollouts
+from torch import Tensor
 
-from .advantage import centred, leave_one_out, z_score
+from igpo.config import AlgorithmConfig, RolloutConfig
+from igpo.rollout import pseudo_order, steps_per_block
+from igpo.types import Draw, Graded, PolicyBatch, Prompt, Rollouts
+
+from .advantage import (
+    best_and_worst,
+    centred,
+    leave_one_out,
+    reward,
+    softmax_difference,
+    z_score,
+)
 from .explorer import Explorer, InpaintingExplorer, TraceExplorer, no_exploration, original_layout
-from .likelihood import DrawFunction, add_up, mean_field, random_mask, step_map
-from .objective import Clipped, Objective
+from .likelihood import (
+    DrawFunction,
+    InnerUpdate,
+    add_up,
+    bounds,
+    by_count,
+    by_ratio,
+    complements,
+    coupled,
+    elbo,
+    halves,
+    in_block,
+    in_pairs,
+    keep_apart,
+    mean_field,
+    random_mask,
+    slices,
+    step_map,
+    step_mc,
+    two_mean_field,
+)
+from .objective import (
+    BellmanResidual,
+    Boundary,
+    Clipped,
+    ClippedDraws,
+    Objective,
+    Preference,
+    Sandwich,
+    WeightedLikelihood,
+)
 from .released_layout import scaled_layout
+from .reweigh import behaviour, target_weights, unchanged
 
 Grade = Callable[[Rollouts, Sequence[Prompt]], Graded]
+Advantage = Callable[[Graded], Tensor]
+Reweigh = Callable[[Graded, PolicyBatch, Tensor, int], Tensor]
+Combine = Callable[[Tensor, Sequence[Draw]], Tensor]
 ExplorerBuilder = Callable[[AlgorithmConfig, RolloutConfig, Grade, int], Explorer]
 
 UNIGRPO_LEVELS = 1000  # noise levels T of the mask schedule (arXiv:2505.15809)
@@ -33,6 +75,7 @@ class Estimator:
     build: Callable[[AlgorithmConfig, RolloutConfig], DrawFunction]
     level: str = "token"
     recorded: bool = False
+    apart: bool = False
 
 
 def _plain(cfg: AlgorithmConfig, rollout: RolloutConfig, grade: Grade, pad_id: int) -> Explorer:
@@ -63,23 +106,13 @@ def _trace_as_hints(
 
 
 def _mean_field(cfg: AlgorithmConfig, rollout: RolloutConfig) -> DrawFunction:
-    return partial(
-        mean_field,
-        num_iterations=cfg.num_iterations,
-        p_mask_prompt=cfg.p_mask_prompt,
-        hint_mode=cfg.hint_mode,
-    )
+    return _shared(mean_field, cfg, p_mask_prompt=cfg.p_mask_prompt)
 
 
 def _random_mask(cfg: AlgorithmConfig, rollout: RolloutConfig) -> DrawFunction:
     lowest = max(1, math.ceil(cfg.min_mask_ratio * UNIGRPO_LEVELS))
-    return partial(
-        random_mask,
-        num_iterations=cfg.num_iterations,
-        num_levels=UNIGRPO_LEVELS,
-        first_level=(lowest, UNIGRPO_LEVELS - 1),
-        hint_mode=cfg.hint_mode,
-    )
+    first_level = (lowest, UNIGRPO_LEVELS - 1)
+    return _shared(random_mask, cfg, num_levels=UNIGRPO_LEVELS, first_level=first_level)
 
 
 def _released_random_mask(cfg: AlgorithmConfig, rollout: RolloutConfig) -> DrawFunction:
@@ -93,14 +126,52 @@ def _released_random_mask(cfg: AlgorithmConfig, rollout: RolloutConfig) -> DrawF
     )
 
 
+def _coupled(cfg: AlgorithmConfig, rollout: RolloutConfig) -> DrawFunction:
+    return _shared(coupled, cfg)
+
+
+def _elbo(cfg: AlgorithmConfig, rollout: RolloutConfig) -> DrawFunction:
+    sampler = {"L/l": by_count, "1/t": by_ratio}[cfg.draws.elbo_weighting]
+    return _shared(elbo, cfg, num_draws=cfg.draws.num_draws, sampler=sampler)
+
+
+def _elbo_pairs(cfg: AlgorithmConfig, rollout: RolloutConfig) -> DrawFunction:
+    return _shared(elbo, cfg, num_draws=cfg.draws.num_draws, sampler=in_pairs)
+
+
+def _elbo_complements(cfg: AlgorithmConfig, rollout: RolloutConfig) -> DrawFunction:
+    return _shared(elbo, cfg, num_draws=cfg.draws.num_draws, sampler=complements)
+
+
+def _elbo_blocks(cfg: AlgorithmConfig, rollout: RolloutConfig) -> DrawFunction:
+    sampler = partial(in_block, block_length=rollout.block_length, p_mask=cfg.draws.p_mask_clean)
+    return _shared(elbo, cfg, num_draws=cfg.draws.num_draws, sampler=sampler)
+
+
 def _step_map(cfg: AlgorithmConfig, rollout: RolloutConfig) -> DrawFunction:
+    order = pseudo_order(rollout.max_completion_length, rollout)
+    return _shared(step_map, cfg, num_slices=cfg.draws.num_slices, hint_order=order)
+
+
+def _slices(cfg: AlgorithmConfig, rollout: RolloutConfig) -> DrawFunction:
+    steps = steps_per_block(rollout.max_completion_length, rollout)
+    return _shared(slices, cfg, shrink=cfg.draws.shrink, steps_per_block=steps)
+
+
+def _step_mc(cfg: AlgorithmConfig, rollout: RolloutConfig) -> DrawFunction:
     return partial(
-        step_map,
-        num_iterations=cfg.num_iterations,
-        num_slices=cfg.num_slices,
-        hint_mode=cfg.hint_mode,
-        hint_order=pseudo_order(rollout.max_completion_length, rollout),
-    )
+        step_mc, num_iterations=cfg.num_iterations, num_draws=cfg.draws.num_draws, proposal=cfg.draws.step_proposal
+    )  # fmt: skip
+
+
+def _two_mean_field(cfg: AlgorithmConfig, rollout: RolloutConfig) -> DrawFunction:
+    return _shared(two_mean_field, cfg)
+
+
+def _shared(
+    draw: Callable[..., Sequence[InnerUpdate]], cfg: AlgorithmConfig, **options
+) -> DrawFunction:
+    return partial(draw, num_iterations=cfg.num_iterations, hint_mode=cfg.hint_mode, **options)
 
 
 def _clipped(cfg: AlgorithmConfig) -> Objective:
@@ -111,7 +182,30 @@ def _clipped(cfg: AlgorithmConfig) -> Objective:
         beta=cfg.beta,
         kl=cfg.kl_estimator,
         loss_type=cfg.loss_type,
+        kl_level=cfg.kl_level,
+        token_budget=cfg.method.token_budget,
     )
+
+
+def _clipped_draws(cfg: AlgorithmConfig) -> Objective:
+    high = cfg.epsilon if cfg.epsilon_high is None else cfg.epsilon_high
+    return ClippedDraws(cfg.epsilon, high, cfg.beta, cfg.kl_estimator, cfg.kl_to)
+
+
+def _bounds(cfg: AlgorithmConfig) -> Combine:
+    return partial(bounds, power=cfg.method.upper_power)
+
+
+def _target(cfg: AlgorithmConfig) -> Reweigh:
+    return partial(target_weights, alpha=cfg.method.alpha, baseline=cfg.method.target_baseline)
+
+
+def _behaviour(cfg: AlgorithmConfig) -> Reweigh:
+    return partial(behaviour, cap=cfg.method.behaviour_cap)
+
+
+def _wd1(cfg: AlgorithmConfig) -> Advantage:
+    return partial(softmax_difference, psi=cfg.method.psi)
 
 
 EXPLORERS: dict[str, ExplorerBuilder] = {
@@ -121,13 +215,48 @@ EXPLORERS: dict[str, ExplorerBuilder] = {
     "trace": _trace,
     "trace_as_hints": _trace_as_hints,
 }
-ADVANTAGES = {"none": centred, "group": z_score, "loo": leave_one_out}
+# scale_rewards -> advantage
+ADVANTAGES: dict[str, Advantage] = {"none": centred, "group": z_score, "loo": leave_one_out}
+# advantages that an algorithm brings itself
+OWN_ADVANTAGES: dict[str, Callable[[AlgorithmConfig], Advantage]] = {
+    "reward": lambda cfg: reward,
+    "softmax_difference": _wd1,
+    "best_and_worst": lambda cfg: best_and_worst,
+}
 LAYOUTS = {"original": original_layout, "scaled": scaled_layout}
 LIKELIHOODS = {
     "mean_field": Estimator(_mean_field),
     "random_mask": Estimator(_random_mask),
+    "coupled": Estimator(_coupled),
+    "elbo": Estimator(_elbo, "sequence"),
+    "elbo_pairs": Estimator(_elbo_pairs, "sequence"),
+    "elbo_complements": Estimator(_elbo_complements, "sequence"),
+    "elbo_blocks": Estimator(_elbo_blocks, "sequence"),
     "step_map": Estimator(_step_map, recorded=True),
+    "slices": Estimator(_slices, recorded=True),
+    "step_mc": Estimator(_step_mc, recorded=True, apart=True),
+    "two_mean_field": Estimator(_two_mean_field, recorded=True),
 }
 RELEASED_LIKELIHOODS = LIKELIHOODS | {"random_mask": Estimator(_released_random_mask)}
-OBJECTIVES: dict[str, Callable[[AlgorithmConfig], Objective]] = {"clip": _clipped}
-COMBINES = {"sum": add_up}  # needs.draws of an objective -> how the likelihood combines draws
+OBJECTIVES: dict[str, Callable[[AlgorithmConfig], Objective]] = {
+    "clip": _clipped,
+    "clip_draws": _clipped_draws,
+    "boundary": lambda cfg: Boundary(),
+    "likelihood": lambda cfg: WeightedLikelihood(),
+    "cross_entropy": lambda cfg: WeightedLikelihood(per_length=True),
+    "sandwich": lambda cfg: Sandwich(cfg.method.upper_mixture),
+    "preference": lambda cfg: Preference(cfg.beta),
+    "bellman": lambda cfg: BellmanResidual(cfg.beta),
+}
+# needs.draws of an objective -> how the likelihood combines draws
+COMBINES: dict[str, Callable[[AlgorithmConfig], Combine]] = {
+    "sum": lambda cfg: add_up,
+    "apart": lambda cfg: keep_apart,
+    "halves": lambda cfg: halves,
+    "bounds": _bounds,
+}
+REWEIGHS: dict[str, Callable[[AlgorithmConfig], Reweigh]] = {
+    "none": lambda cfg: unchanged,
+    "target": _target,
+    "behaviour": _behaviour,
+}

@@ -17,6 +17,7 @@ KINDS = [(kind, ratio) for kind in LOSS_TYPES for ratio in ("token", "sequence")
 def objective(**options) -> Clipped:
     fields = {
         "epsilon": 0.2, "epsilon_high": 0.2, "ratio": "token", "beta": 0.0, "kl": "k3", "loss_type": "grpo",
+        "token_budget": B * L,
     }  # fmt: skip
     return Clipped(**(fields | options))
 

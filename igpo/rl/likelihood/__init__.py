@@ -1,23 +1,37 @@
 """Likelihoods: which canvases are forwarded, and which tokens are read, to score a completion.
 
 A masked-diffusion model has no left-to-right factorisation; every method scores log p(o^k | canvas) on canvases of its
-choice. A draw function (`draws`, `trajectory`) makes those choices; `Likelihood` (`evaluate`) evaluates the same draws
-under the old policy, the reference and the policy, and combines them into the value that an objective sees.
+choice. A draw function (`draws`, `elbo`, `trajectory`) makes those choices; `Likelihood` (`evaluate`) evaluates the
+same draws under the old policy, the reference and the policy; `combine` makes of them the value an objective sees.
 """
 
-from .draws import DrawFunction, InnerUpdate, mask_schedule, mean_field, random_mask
-from .evaluate import Likelihood, add_up, evaluate, keep_apart
-from .trajectory import step_map
+from .combine import add_up, bounds, halves, keep_apart
+from .draws import DrawFunction, InnerUpdate, coupled, mask_schedule, mean_field, random_mask
+from .elbo import by_count, by_ratio, complements, elbo, in_block, in_pairs
+from .evaluate import Likelihood, evaluate
+from .trajectory import slices, step_map, step_mc, two_mean_field
 
 __all__ = [
     "DrawFunction",
     "InnerUpdate",
     "Likelihood",
     "add_up",
+    "bounds",
+    "by_count",
+    "by_ratio",
+    "complements",
+    "coupled",
+    "elbo",
     "evaluate",
+    "halves",
+    "in_block",
+    "in_pairs",
     "keep_apart",
     "mask_schedule",
     "mean_field",
     "random_mask",
+    "slices",
     "step_map",
+    "step_mc",
+    "two_mean_field",
 ]

@@ -59,16 +59,16 @@ def mean_field(
 
 
 def prompt_mask(rollouts: Rollouts, probability: float, seed: Seed) -> Tensor:
-    """(B, T) bool: every prompt token (no padding) with this probability."""
-    canvas, tokens = rollouts.canvas, rollouts.tokens
-    columns = torch.arange(tokens.shape[1], device=tokens.device)
-    prompt = canvas.attention_mask & (columns < canvas.prompt_length)
-    ratio = torch.full((len(tokens),), probability, device=tokens.device)
+    """(B, T) bool: every prompt token (no padding) with this probability; what is left of it does not matter."""
+    canvas, length = rollouts.canvas, rollouts.canvas.prompt_length
+    # a draw is keyed by its column: counted from the end of the prompt, where padding does not shift it
+    prompt, real = (x[:, :length].flip(1) for x in (rollouts.tokens, canvas.attention_mask))
+    ratio = torch.full((len(prompt),), probability, device=prompt.device)
     _, masked = forward_mask(
-        tokens, prompt, ratio, mask_id=canvas.mask_id, seed=seed.value, step=seed.step,
+        prompt, real, ratio, mask_id=canvas.mask_id, seed=seed.value, step=seed.step,
         row_ids=canvas.row_ids,
     )  # fmt: skip
-    return masked
+    return torch.cat([masked.flip(1), torch.zeros_like(canvas.frozen)], 1)
 
 
 def random_mask(
@@ -109,6 +109,40 @@ def random_mask(
         )  # fmt: skip
         read = scored if score_visible else masked
         updates.append(InnerUpdate((Draw(on_canvas(rollouts, masked), read),), masked))
+    return updates
+
+
+def coupled(
+    rollouts: Rollouts, seed: Seed, *, num_iterations: int, hint_mode: str = "score"
+) -> list[InnerUpdate]:
+    """(log p(o^k | full mask) + log p(o^k | z) / share)/2, where z masks a random part S or its complement.
+
+    t ~ U(0.2, 0.8) per row; a token of S is read with 1/t from the canvas that masks S, any other with 1/(1-t) from the
+    canvas that masks the rest, so each is read twice. The expected weight is 1.5, not 1: good in a ratio, not as a
+    log-likelihood. The full mask is one draw for all inner updates.
+
+    Source: the released code of arXiv:2506.20639 (DiffuCoder), coupled-GRPO.
+    """
+    canvas, scored = rollouts.canvas, scorable(rollouts, hint_mode)
+    full = Draw(
+        on_canvas(rollouts, scored), scored, torch.full(scored.shape, 0.5, device=scored.device)
+    )
+    updates = []
+    for inner in range(num_iterations):
+        stream = seed.named(f"coupled/{inner}")
+        ratio = torch.tensor(
+            [stream.generator(row).uniform(0.2, 0.8) for row in canvas.row_ids.tolist()],
+            device=scored.device,
+        )
+        _, masked = forward_mask(
+            rollouts.completion, scored, ratio, mask_id=canvas.mask_id, seed=stream.value,
+            step=seed.step, row_ids=canvas.row_ids,
+        )  # fmt: skip
+        halves = [
+            Draw(on_canvas(rollouts, part), part, (0.5 / share).float()[:, None].expand_as(part))
+            for part, share in ((masked, ratio), (scored & ~masked, 1 - ratio))
+        ]
+        updates.append(InnerUpdate((full, *halves), scored))
     return updates
 
 

@@ -12,30 +12,12 @@ from torch import Tensor
 from igpo.ops import keep_top_entropy, linear_logprob
 from igpo.types import Canvas, Draw, Graded, Policy, PolicyBatch, Rollouts, Seed, take
 
+from .combine import add_up, keep_apart
 from .draws import DrawFunction, InnerUpdate
 
 Reference = Callable[[], AbstractContextManager[Policy]]
 Combine = Callable[[Tensor, Sequence[Draw]], Tensor]  # (B, J, L) log-probs of J draws -> a value
 Scores = tuple[Tensor, Tensor]  # log-prob and entropy, (B, L)
-
-
-def add_up(logprob: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """(B, J, L) -> (B, L): the weighted sum over the draws."""
-    total = _weighted(logprob[:, 0], draws[0])
-    for index, draw in enumerate(draws[1:], 1):
-        total = total + _weighted(logprob[:, index], draw)
-    return total
-
-
-def keep_apart(logprob: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """(B, J, L): each draw by its weight."""
-    if all(draw.weight is None for draw in draws):
-        return logprob
-    return torch.stack([_weighted(logprob[:, j], draw) for j, draw in enumerate(draws)], 1)
-
-
-def _weighted(logprob: Tensor, draw: Draw) -> Tensor:
-    return logprob if draw.weight is None else logprob * draw.weight
 
 
 @dataclass(frozen=True)
@@ -46,8 +28,9 @@ class Likelihood:
     entropy_filter: tau; of the hint tokens (canvas.frozen) only the max(1, floor(tau n)) of highest entropy under the
     old policy enter the loss; 1 keeps all.   mask_after_eos: score up to and including the first EOS; False: the whole
     canvas.   batch_size: rows per forward of `prepare`.   combine: from the log-probs of J draws to a value: `add_up`
-    to (B, L), `keep_apart` to (B, J, L), or an estimator's own.   always_old: evaluate the old policy even when there
-    is one inner update.
+    to (B, L), `keep_apart` to (B, J, L), or another of combine.py.   always_old: evaluate the old policy even when
+    there is one inner update.   once: evaluate the old policy and the reference on the draws of the first inner update
+    only.   temperature: of the softmax that is scored.
 
     No module is switched between train and eval mode here, so the three evaluations see the same mode; with dropout
     active they still differ from one another, and the first ratio is not 1.
@@ -62,6 +45,8 @@ class Likelihood:
     combine: Combine = add_up
     needs_old: bool = True
     always_old: bool = False
+    once: bool = False
+    temperature: float = 1.0
 
     @torch.no_grad()
     def prepare(
@@ -89,26 +74,31 @@ class Likelihood:
         )  # fmt: skip
         with_old = self.needs_old and (self.num_iterations > 1 or self.always_old)
         filtered = self.entropy_filter < 1 and bool(canvas.frozen.any())
-        old = self._of_draws(policy, batch, None if with_old else self._hinted(canvas, filtered))
+        asked = updates[: 1 if self.once and not filtered else None]
+        used = replace(batch, draws=batch.draws[: len(asked)])
+        old = self._of_draws(policy, used, None if with_old else self._hinted(canvas, filtered))
         nothing: list[Tensor | None] = [None] * len(updates)
-        ref = nothing
+        ref = list(nothing)
         if self.needs_reference and reference is not None:
             with reference() as frozen:
-                scores = self._of_draws(frozen, batch, None)
-                ref = [self._value(scores, update) for update in updates]
+                scores = self._of_draws(frozen, used, None)
+                ref = [self._value(scores, update) for update in asked]
         return replace(
             batch,
             token_mask=tuple(self._token_mask(u, canvas, old if filtered else {}) for u in updates),
             old_logprob=tuple(
-                [self._value(old, update) for update in updates] if with_old else nothing
+                [self._value(old, u) for u in asked] + nothing[len(asked) :]
+                if with_old
+                else nothing
             ),
-            ref_logprob=tuple(ref),
+            ref_logprob=tuple(ref + nothing[len(ref) :]),
             first=_stack(old, updates[0].draws) if with_old else None,
         )
 
     def __call__(self, policy: Policy, batch: PolicyBatch, inner: int) -> Tensor:
         """The value of inner update `inner`, nats, with gradient; 0 where the draws do not score."""
-        return self.combine(evaluate(policy, batch, inner), batch.draws[inner])
+        values = evaluate(policy, batch, inner, self.temperature)
+        return self.combine(values, batch.draws[inner])
 
     def _hinted(self, canvas: Canvas, filtered: bool) -> Tensor:
         """The rows whose entropy is asked for when nothing else of the old policy is."""
@@ -126,7 +116,13 @@ class Likelihood:
             if id(draw) in found or some.numel() == 0:
                 continue
             parts = [
-                score(policy, take(batch.canvas, part), tokens[part], take(draw, part))
+                score(
+                    policy,
+                    take(batch.canvas, part),
+                    tokens[part],
+                    take(draw, part),
+                    self.temperature,
+                )
                 for part in some.split(self.batch_size)
             ]
             logprob, entropy = (torch.cat([part[i] for part in parts]) for i in (0, 1))
@@ -170,7 +166,7 @@ class Likelihood:
         return counted[:, None] & torch.stack([draw.score for draw in update.draws], 1)
 
 
-def evaluate(policy: Policy, batch: PolicyBatch, inner: int) -> Tensor:
+def evaluate(policy: Policy, batch: PolicyBatch, inner: int, temperature: float = 1.0) -> Tensor:
     """(B, J, L) log-probs of the draws of an inner update, 0 where they do not score.
 
     Rows in which a draw scores nothing are not forwarded. When no draw scores anything at all, one row is, so that
@@ -178,12 +174,16 @@ def evaluate(policy: Policy, batch: PolicyBatch, inner: int) -> Tensor:
     """
     draws, tokens = batch.draws[inner], batch.tokens
     scoring = [draw for draw in draws if bool(draw.score.any())] or list(draws[:1])
-    found = {id(draw): score(policy, batch.canvas, tokens, draw)[0] for draw in scoring}
+    found = {
+        id(draw): score(policy, batch.canvas, tokens, draw, temperature)[0] for draw in scoring
+    }
     zeros = torch.zeros_like(next(iter(found.values())))
     return torch.stack([found.get(id(draw), zeros) for draw in draws], 1)
 
 
-def score(policy: Policy, canvas: Canvas, tokens: Tensor, draw: Draw) -> Scores:
+def score(
+    policy: Policy, canvas: Canvas, tokens: Tensor, draw: Draw, temperature: float = 1.0
+) -> Scores:
     """(B, L) log-prob and entropy of one draw, unweighted; at least one row is forwarded.
 
     tokens: (B, T), the completed canvases.
@@ -203,6 +203,7 @@ def score(policy: Policy, canvas: Canvas, tokens: Tensor, draw: Draw) -> Scores:
         policy.head_weight,
         targets[rows][read],
         bias=policy.head_bias,
+        temperature=temperature,
     )
     spread = torch.zeros(draw.score.shape, dtype=logprob.dtype, device=logprob.device)
     return spread.masked_scatter(draw.score, logprob), spread.masked_scatter(draw.score, entropy)

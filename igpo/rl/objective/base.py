@@ -12,10 +12,11 @@ from igpo.types import Metrics, PolicyBatch
 
 
 class Divisor(NamedTuple):
-    """size: for the loss.   tokens: for the metrics, which are means over the loss's tokens."""
+    """size: for the loss.   tokens: for the metrics, which are means over the loss's tokens.   draws: J."""
 
     size: float
     tokens: float
+    draws: int = 1
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class Needs:
 
     old, reference: values under the old policy and the reference.   level: "token" (a value's entries are log-probs of
     tokens), or "sequence" (only their sum has a meaning).   draws: the values it takes: "sum" (B, L) or "apart"
-    (B, J, L).   separable: the loss is a sum over draws, so that each can be back-propagated by itself.   groups: the
-    loss of a row depends on other rows of its group.
+    (B, J, L); or the pairs of values (B, 2, L) "halves" and "bounds".   separable: the loss is a sum over draws, each
+    of which can be back-propagated by itself.   groups: the loss of a row depends on other rows of its group.
     """
 
     old: bool

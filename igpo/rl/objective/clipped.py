@@ -36,7 +36,9 @@ class Clipped:
 
     epsilon, epsilon_high: the ratio is clipped to [1 - epsilon, 1 + epsilon_high].   ratio: "token", or "sequence"
     (GSPO: the exponential of the mean log-ratio over the loss's tokens).   beta, kl: coefficient and estimator (k1, k2,
-    k3) of the KL to the reference.   loss_type: a key of LOSS_TYPES.
+    k3) of the KL to the reference.   loss_type: a key of LOSS_TYPES.   kl_level: "token"; or "sequence", the estimate
+    from the summed log-probs, divided by the number of tokens (ESPO, arXiv:2512.03759).   token_budget: of the loss
+    type "budget" (C3PO, arXiv:2506.14731), tokens of an update.
     """
 
     epsilon: float
@@ -45,6 +47,8 @@ class Clipped:
     beta: float
     kl: str
     loss_type: str
+    kl_level: str = "token"
+    token_budget: int = 1
 
     @property
     def needs(self) -> Needs:
@@ -59,7 +63,8 @@ class Clipped:
         """What the sums over `rows` of a batch are divided by, never less than 1: the loss by the size of the whole
         batch, the metrics by the number of tokens of `rows`."""
         mask = batch.token_mask[inner]
-        size = LOSS_TYPES[self.loss_type].size(mask)
+        kind = LOSS_TYPES[self.loss_type]
+        size = float(self.token_budget) if kind.budget else kind.size(mask)
         return Divisor(max(1.0, size), max(1.0, float(mask[rows].sum())))
 
     def __call__(
@@ -69,7 +74,8 @@ class Clipped:
 
         Args:
             logprob: (B, L) of inner update `inner`, with gradient.   batch: the same rows.
-            advantages: (B,).   divisor: `self.divisor` of all rows that are evaluated, of which these are a part.
+            advantages: (B,), or (B, L) for each token its own (with a token ratio).
+            divisor: `self.divisor` of all rows that are evaluated, of which these are a part.
         Returns:
             loss: scalar.   metrics: floats; like the loss they add up over micro-batches.
         """
@@ -77,7 +83,14 @@ class Clipped:
         old, ref = batch.old_logprob[inner], batch.ref_logprob[inner]
         old = logprob.detach() if old is None else old
         advantages = advantages.to(logprob.dtype)
-        terms = kind.terms(self, logprob, old, ref, advantages, mask)
+        if advantages.dim() > 1:
+            terms = _of_tokens(self, logprob, old, ref, advantages, mask)
+        else:
+            spec = self if self.kl_level == "token" else replace(self, beta=0.0)
+            terms = kind.terms(spec, logprob, old, ref, advantages, mask)
+        if self.kl_level == "sequence" and ref is not None:
+            kl = _sequence_kl(self, logprob, ref, mask)
+            terms = replace(terms, loss=terms.loss + self.beta * kl, kl=kl)
         share, of_tokens = kind.size(mask) / divisor.size, float(mask.sum()) / divisor.tokens
         hints = batch.canvas.frozen & mask
         metrics = {
@@ -107,6 +120,35 @@ def _fused(aggregate: str) -> Callable[..., Terms]:
         return Terms(result.loss, result.clip_fraction, result.kl, result.ratio_mean)
 
     return terms
+
+
+def _of_tokens(
+    spec: Clipped,
+    logprob: Tensor,
+    old: Tensor,
+    ref: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+) -> Terms:
+    """(B, L) advantages: every token is a row of its own, weighted as the loss type says."""
+    count = mask.sum(1, keepdim=True).clamp(min=1).to(logprob.dtype)
+    if spec.loss_type == "grpo":
+        share = 1.0 / (count * len(mask))
+    else:
+        total = mask.numel() if spec.loss_type == "dr_grpo" else int(mask.sum())
+        share = torch.full_like(count, 1.0 / max(1, total))
+    token = replace(spec, ratio="token", beta=0.0)
+    x, x_old, of_mask = (value.reshape(-1, 1) for value in (logprob, old, mask))
+    surrogate = _fused("sum")(token, x, x_old, None, (advantages * share).flatten(), of_mask)
+    kl = torch.zeros_like(logprob) if ref is None else divergence(spec.kl, logprob, ref)
+    kl = (kl.masked_fill(~mask, 0.0) * share).sum()
+    return replace(surrogate, loss=surrogate.loss + spec.beta * kl, kl=kl)
+
+
+def _sequence_kl(spec: Clipped, logprob: Tensor, ref: Tensor, mask: Tensor) -> Tensor:
+    """The mean over rows of the estimate from the summed log-probs, by the number of tokens."""
+    total, other = (x.masked_fill(~mask, 0.0).sum(1) for x in (logprob, ref))
+    return (divergence(spec.kl, total, other) / mask.sum(1).clamp(min=1)).mean()
 
 
 def _constant_mean(
@@ -152,10 +194,12 @@ def _released(
 
 @dataclass(frozen=True)
 class LossType:
-    """terms: the mean over some rows.   size: of a (B, L) mask, what that mean divides by."""
+    """terms: the mean over some rows.   size: of a (B, L) mask, what that mean divides by.   budget: the loss of the
+    whole batch is divided by a constant number of tokens instead."""
 
     terms: Callable[..., Terms]
     size: Callable[[Tensor], float]
+    budget: bool = False
 
 
 LOSS_TYPES = {
@@ -165,5 +209,7 @@ LOSS_TYPES = {
     "bnpo": LossType(_fused("token-mean"), lambda mask: float(mask.sum())),
     # Dr. GRPO: the sum over tokens by the constant B * L
     "dr_grpo": LossType(_constant_mean, lambda mask: float(mask.numel())),
+    # C3PO: the sum over tokens by a constant budget of them
+    "budget": LossType(_fused("token-mean"), lambda mask: float(mask.sum()), budget=True),
     "released": LossType(_released, lambda mask: float(mask.sum())),
 }

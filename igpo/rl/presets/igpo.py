@@ -1,9 +1,7 @@
-"""Published settings, as changes to the default configuration: section -> field -> value. Every number has its source.
+"""IGPO and the diffu-GRPO it builds on.
 
 [paper] arXiv:2509.10396 (IGPO).   [igpo code] facebookresearch/igpo, 2025-12-27: run_igpo.sh over train.yaml.
 [d1 code] dllm-reasoning/d1, 2025-05-04: diffu-GRPO, arXiv:2504.12216.
-
-Left out: lora_dropout 0.05 of both codes. Dropout makes the first on-policy ratio differ from 1; there is none here.
 """
 
 from __future__ import annotations

@@ -1,0 +1,143 @@
+"""Algorithms whose likelihood is of tokens.
+
+[agrpo] arXiv:2510.04019, released code of 2026-05-11, its GSM8K configuration.   [mmada] arXiv:2505.15809, section 4.3.
+[coupled] arXiv:2506.20639 (DiffuCoder), released code of 2025-07-08.   [tracerl] arXiv:2509.06949, released code of
+2026-01-28, its LLaDA configuration.   [diffpo] arXiv:2510.02212.   [c3po] arXiv:2506.14731.   [d1] as in igpo.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Preset = Mapping[str, Mapping[str, Any]]
+
+PRESETS: dict[str, Preset] = {
+    "agrpo": {
+        "rl": {
+            "algorithm": "agrpo",
+            "num_generations": 8,  # [agrpo]
+            "num_iterations": 1,  # [agrpo] on policy
+            "scale_rewards": "none",  # [agrpo] mean only
+            "epsilon": 0.2,  # [agrpo]
+            "beta": 0.0,  # [agrpo]
+            "kl_estimator": "k3_ratio",  # [agrpo] k3 times the ratio, were beta not 0
+            "draws": {
+                "num_draws": 24,  # [agrpo] k
+                "step_proposal": "uniform",  # [agrpo]
+                "likelihood_temperature": 0.6,  # [agrpo] scored under the sampling distribution
+            },
+        },
+        "rollout": {
+            "max_completion_length": 384,  # [agrpo]
+            "block_length": 12,  # [agrpo]
+            "diffusion_steps": 128,  # [agrpo] 3 tokens a step
+            "temperature": 0.6,  # [agrpo]; its top_p 0.99 and top_k 150 have no counterpart here
+            "remasking": "random",  # [agrpo] the order then has no gradient
+        },
+        "train": {
+            "prompts_per_step": 16,  # [agrpo] 8 rows x 2 accumulation steps x 8 GPUs / 8 generations
+            "learning_rate": 5e-6,  # [agrpo]
+            "lr_scheduler_type": "cosine",  # [agrpo]
+            "warmup_steps": 10,  # [agrpo] warm-up ratio 0.01; ours: of 1000 updates
+            "weight_decay": 0.01,  # [agrpo]
+            "max_grad_norm": 1.0,  # [agrpo]
+        },
+        "lora": {
+            "use_lora": True,  # [agrpo]
+            "lora_r": 64,  # [agrpo]
+            "lora_alpha": 64,  # [agrpo]
+        },
+    },
+    "unigrpo": {
+        "rl": {
+            "algorithm": "unigrpo",
+            "num_generations": 8,  # ours: not found in [mmada]
+            "num_iterations": 4,  # ours: mu of the example schedule 300, 533, 766, 1000
+            "scale_rewards": "group",  # [mmada] group-normalised
+            "min_mask_ratio": 0.0,  # [mmada] t_1 = floor(r T), r ~ U(0, 1)
+            "importance_sampling_level": "token",  # [mmada] token ratio at the same mask
+            "epsilon": 0.2,  # ours: the constant is not legible in [mmada]
+            "beta": 0.01,  # ours: the constant is not legible in [mmada]
+            "loss_type": "grpo",  # [mmada] a sequence's log-prob is the mean of its masked tokens
+        },
+        "train": {
+            "prompts_per_step": 160,  # [mmada] batch 1280, by 8 generations
+            "learning_rate": 5e-5,  # [mmada]
+        },
+    },
+    "coupled_grpo": {
+        "rl": {
+            "algorithm": "coupled_grpo",
+            "num_generations": 10,  # [coupled]
+            "num_iterations": 2,  # [coupled]
+            "scale_rewards": "loo",  # [coupled]
+            "importance_sampling_level": "token",  # [coupled]
+            "epsilon": 0.5,  # [coupled]
+            "beta": 0.01,  # [coupled]
+            "kl_estimator": "k3",  # [coupled]
+            "loss_type": "bnpo",  # [coupled] sum(loss * mask) / sum(mask)
+        },
+        "rollout": {
+            "max_completion_length": 256,  # [coupled]
+            "block_length": 256,  # [coupled] the whole canvas at once
+            "diffusion_steps": 256,  # [coupled]
+            "temperature": 1.0,  # [coupled]; its top_p 0.95 has no counterpart here
+            "remasking": "low_confidence",  # [coupled] commits the lowest entropy first, a near relative
+        },
+        "train": {
+            "learning_rate": 1e-6,  # [coupled] full fine-tuning
+        },
+    },
+    "tracerl": {
+        "rl": {
+            "algorithm": "tracerl",
+            "num_generations": 8,  # [tracerl]
+            "num_iterations": 1,  # [tracerl]
+            "scale_rewards": "group",  # [tracerl] z-score, population standard deviation
+            "epsilon": 0.2,  # [tracerl]
+            "beta": 0.01,  # [tracerl]
+            "kl_estimator": "k3",  # [tracerl]
+            "kl_to": "old",  # [tracerl]
+            "draws": {"shrink": 8},  # [tracerl] 64 slices of 512 steps
+        },
+        "rollout": {
+            "max_completion_length": 512,  # [tracerl]
+            "block_length": 32,  # [tracerl]
+            "diffusion_steps": 512,  # [tracerl]
+            "temperature": 0.8,  # [tracerl]
+        },
+        "train": {
+            "prompts_per_step": 32,  # [tracerl] tasks
+            "learning_rate": 1e-6,  # [tracerl]
+        },
+    },
+    "diffpo": {
+        "rl": {
+            "algorithm": "diffpo",
+            "num_generations": 6,  # ours: as [d1], on which [diffpo] compares
+            "num_iterations": 8,  # ours: not found in [diffpo]
+            "scale_rewards": "none",  # ours: as [d1]
+            "importance_sampling_level": "token",  # [diffpo] the surrogate is of tokens
+            "epsilon": 0.5,  # ours: as [d1]
+            "beta": 0.0,  # [diffpo] the KL term is optional
+            "loss_type": "bnpo",  # ours: as [d1]
+            "method": {"behaviour_cap": 2.0},  # ours: C is not found in [diffpo]
+        },
+        "train": {
+            "prompts_per_step": 16,  # ours: as [d1]
+            "learning_rate": 3e-6,  # ours: as [d1]
+        },
+    },
+    "c3po": {
+        "rl": {
+            "algorithm": "c3po",
+            "loss_type": "budget",  # [c3po] divided by a fixed number of tokens
+            "importance_sampling_level": "token",  # [c3po] aggregated at token level
+            "mask_after_eos": True,  # [c3po] lengths differ; that is what the budget is for
+            "method": {
+                "token_budget": 65536
+            },  # ours: half of 64 x 8 completions of 256; [c3po] is of another model
+        },
+    },
+}
