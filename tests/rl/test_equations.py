@@ -1,0 +1,245 @@
+"""Each algorithm's loss and gradient against its equation, written here with plain torch on the draws it made.
+
+x(policy, j) are log-softmax values of the tokens on the canvas of draw j; S[j] what draw j masks and reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from steps import config, gradient, moved, prepared
+
+ROWS, GROUPS = 12, 3
+
+
+class Case:
+    """One algorithm's inner update 1, after the policy moved."""
+
+    def __init__(self, toy, name: str, **changes) -> None:
+        self.toy, self.cfg = toy, replace(config(name), **changes)
+        self.step = prepared(toy, self.cfg)
+        self.old, self.ref, self.new = self.step.policy, self.step.frozen, moved(self.step.policy)
+        self.rollouts = self.step.graded.rollouts
+        self.draws = self.step.batch.draws[1]
+        self.S = [draw.score for draw in self.draws]
+        self.A = self.step.advantages.double()
+        self.group = self.rollouts.canvas.group_ids
+
+    def x(self, policy, j: int) -> torch.Tensor:
+        """(12, 16) log p(o^k | canvas of draw j), at every position."""
+        tokens = torch.where(self.draws[j].masked, self.toy.mask, self.rollouts.tokens)
+        logp = self.toy.logprobs(policy, self.rollouts.canvas, tokens)
+        return logp.gather(-1, self.rollouts.completion[..., None])[..., 0]
+
+    def read(self, policy, j: int) -> torch.Tensor:
+        return self.x(policy, j) * self.S[j]
+
+    def check(self, loss: torch.Tensor) -> None:
+        found, value, _ = gradient(self.step)
+        assert value == pytest.approx(loss.item(), abs=1e-7)
+        loss.backward()
+        expected = torch.cat([p.grad.flatten() for p in self.new.parameters()])
+        assert expected.abs().max() > 1e-7
+        torch.testing.assert_close(found, expected, atol=1e-8, rtol=1e-5)
+
+
+def clip(ratio, advantage, low=0.8, high=1.2):
+    return torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+
+
+def k3(new, other):
+    return (other - new).exp() - 1 - (other - new)
+
+
+def test_agrpo(toy) -> None:
+    """-(1/(k B)) sum_i sum_j (1/m)/q sum_{k in U_t} [min(rho A, clip) - beta rho k3], q uniform: the weight is 1."""
+    case = Case(toy, "agrpo")
+    total = 0.0
+    for j, draw in enumerate(case.draws):
+        order = case.rollouts.step_map
+        t = draw.step[:, None]
+        assert torch.equal(draw.masked[:, -toy.length :], order >= t)
+        assert torch.equal(case.S[j], order == t)
+        new, old, ref = (case.x(policy, j) for policy in (case.new, case.old, case.ref))
+        rho = (new - old.detach()).exp()
+        terms = clip(rho, case.A[:, None]) - 0.1 * rho * k3(new, ref.detach())
+        total = total + (terms * case.S[j]).sum()
+    case.check(-total / (2 * ROWS))
+
+
+def test_espo(toy) -> None:
+    """L-hat = (1/M) sum of pairs 1/2[(L+1)/l S + (L+1)/(L-l) S-bar]; rho = exp(dL/L); KL = beta (dL_ref)^2/(2 L)."""
+    case, length = Case(toy, "espo"), toy.length
+
+    def bound(policy):
+        total = 0.0
+        for first in (0, 2):
+            one, two = first, first + 1
+            count = case.S[one].sum(1)
+            assert torch.equal(case.S[two], ~case.S[one])
+            sums = [case.read(policy, j).sum(1) for j in (one, two)]
+            weights = [(length + 1) / c.clamp(min=1) for c in (count, length - count)]
+            total = total + 0.5 * sum(w * s for w, s in zip(weights, sums, strict=True)) / 2
+        return total
+
+    new, old, ref = bound(case.new), bound(case.old).detach(), bound(case.ref).detach()
+    rho = ((new - old) / length).exp()
+    case.check((-clip(rho, case.A) + 0.1 * 0.5 * (new - ref) ** 2 / length).mean())
+
+
+def test_bgpo(toy) -> None:
+    """-(1/B) sum_i (1/n) sum_j g_ij; g = (1 + d) A for A >= 0, e^d A for A < 0, d the change of (L/l) sum_S."""
+    case = Case(toy, "bgpo", scale_rewards="group")
+    total = 0.0
+    for j in range(2):
+        weight = toy.length / case.S[j].sum(1)
+        d = weight * (case.read(case.new, j) - case.read(case.old, j).detach()).sum(1)
+        total = total + torch.where(case.A >= 0, (1 + d) * case.A, d.exp() * case.A).sum()
+    case.check(-total / (2 * ROWS))
+
+
+def test_bgpo_golden(toy) -> None:
+    """d = [.2, -.1]: A = 2 gives 2.1, A = -1 gives -1.06312."""
+    from igpo.rl.objective import Boundary
+
+    step = prepared(toy, config("bgpo"))
+    batch = replace(
+        step.batch, old_logprob=(torch.zeros(ROWS, 2, toy.length, dtype=torch.float64),) * 2
+    )
+    d = torch.tensor([0.2, -0.1], dtype=torch.float64)[:, None] / (2 * toy.length)
+    values = d.expand(ROWS, 2, toy.length)
+    mask = torch.ones_like(values, dtype=torch.bool)
+    batch = replace(batch, token_mask=(mask, mask))
+    for advantage, expected in ((2.0, 2.1), (-1.0, -1.06312)):
+        rows, objective = torch.arange(ROWS), Boundary()
+        divisor = objective.divisor(batch, rows, 0)
+        loss, _ = objective(values, batch, torch.full((ROWS,), advantage), 0, divisor)
+        assert loss.item() == pytest.approx(-expected, abs=1e-5)
+
+
+def softmax_in_groups(values, group):
+    return torch.cat([values[group == g].softmax(0) for g in range(GROUPS)])
+
+
+def test_wd1(toy) -> None:
+    """sum_i (softmax(-A) - softmax(A))_i sum_k log p(o^k | full mask, masked prompt), mean over the groups."""
+    case = Case(toy, "wd1")
+    rewards = case.step.graded.rewards.double()
+    weight = softmax_in_groups(-rewards, case.group) - softmax_in_groups(rewards, case.group)
+    case.check((weight * case.x(case.new, 0).sum(1)).sum() / GROUPS)
+
+
+def test_dmpo(toy) -> None:
+    """w = softmax(log p_ref - log q + r/alpha), b = softmax(log p_ref - log q - r/alpha), of the first draws;
+    loss = sum_i (w - b)_i mean_rep (1/m) sum_masked -log p."""
+    method = replace(config("dmpo").method, alpha=0.5)
+    case = Case(toy, "dmpo", method=method)
+    mine, case.draws = case.draws, case.step.batch.draws[0]
+
+    def mean_nll(policy):
+        S = [draw.score for draw in case.draws]
+        per = [-(case.x(policy, j) * S[j]).sum(1) / S[j].sum(1).clamp(min=1) for j in range(4)]
+        return sum(per) / 4
+
+    change = -toy.length * (mean_nll(case.ref) - mean_nll(case.old)).detach()
+    tilt = case.step.graded.rewards.double() / 0.5
+    weight = softmax_in_groups(change + tilt, case.group) - softmax_in_groups(
+        change - tilt, case.group
+    )
+    case.draws = mine
+    case.check((weight * mean_nll(case.new)).sum() / GROUPS)
+
+
+def test_spg(toy) -> None:
+    """A >= 0: the ELBO; A < 0: half of it and half (1/b) log mean_j w p^b; -sum_i A_i sum_k / sum of lengths."""
+    case, blocks, b = Case(toy, "spg"), 2, 1.5
+    p = [case.x(case.new, j).exp() for j in range(2)]
+    w = []
+    for S in case.S:
+        weight = blocks * (toy.length // blocks) / S.sum(1, keepdim=True)
+        w.append(weight * S)
+    elbo = sum(w[j] * p[j].log() for j in range(2)) / 2
+    inside = sum(w[j] * p[j] ** b for j in range(2)) / 2
+    eubo = torch.where(inside > 0, inside.clamp(min=1e-300).log() / b, 0.0)
+    A = case.A[:, None]
+    bound = torch.where(A >= 0, elbo, 0.5 * eubo + 0.5 * elbo)
+    case.check(-(A * bound).sum() / (ROWS * toy.length))
+
+
+def test_unigrpo(toy) -> None:
+    """-(1/B) sum_i (1/|S_i|) sum_{S_i} min(rho A, clip(rho) A), rho of the masked tokens; the last mask is full."""
+    case = Case(toy, "unigrpo")
+    rho = (case.x(case.new, 0) - case.x(case.old, 0).detach()).exp()
+    terms = clip(rho, case.A[:, None]) * case.S[0]
+    assert case.S[0].all()
+    assert not case.step.batch.draws[0][0].score.all()
+    case.check(-(terms.sum(1) / case.S[0].sum(1)).mean())
+
+
+def test_coupled_grpo(toy) -> None:
+    """log p = 1/2 [full + (S: log p_S/t, else log p_S-bar/(1-t))], token ratio."""
+    case = Case(toy, "coupled_grpo", loss_type="bnpo")
+    full, S = case.S[0], case.S[1]
+    assert full.all()
+    assert torch.equal(case.S[2], ~S)
+    t = 0.5 / case.draws[1].weight[:, :1].double()
+    assert ((t > 0.2) & (t < 0.8)).all()
+
+    def logp(policy):
+        halves = torch.where(S, case.x(policy, 1) / t, case.x(policy, 2) / (1 - t))
+        return 0.5 * (case.x(policy, 0) + halves)
+
+    rho = (logp(case.new) - logp(case.old).detach()).exp()
+    case.check(-clip(rho, case.A[:, None]).sum() / (ROWS * toy.length))
+
+
+def test_tracerl(toy) -> None:
+    """Slices of 2 steps (4 tokens): -mean_i sum_slices mean_k [min(rho A, clip) - beta k3 to the old policy]."""
+    case = Case(toy, "tracerl")
+    total = 0.0
+    for j in range(4):
+        order = case.rollouts.step_map // 2
+        assert torch.equal(case.S[j], order == j)
+        assert torch.equal(case.draws[j].masked[:, -toy.length :], order >= j)
+        new, old = case.x(case.new, j), case.x(case.old, j).detach()
+        terms = clip((new - old).exp(), case.A[:, None]) - 0.1 * k3(new, old)
+        total = total + (terms * case.S[j]).sum(1) / 4
+    case.check(-total.mean())
+
+
+def test_diffpo(toy) -> None:
+    """min(pi_old/p_commit, C) min(rho A, clip(rho) A): steps <= tau on the full mask, later ones on z_tau."""
+    case = Case(toy, "diffpo", loss_type="bnpo")
+    order, tau = case.rollouts.step_map, case.draws[1].step[:, None]
+    early = order <= tau
+    assert torch.equal(case.S[0], early)
+    assert torch.equal(case.draws[1].masked[:, -toy.length :], order >= tau)
+    new, old = (
+        torch.where(early, case.x(policy, 0), case.x(policy, 1)) for policy in (case.new, case.old)
+    )
+    correction = (old - case.rollouts.commit_logprob).exp().clamp(max=2.0).detach()
+    terms = correction * clip((new - old.detach()).exp(), case.A[:, None])
+    case.check(-terms.sum() / (ROWS * toy.length))
+
+
+def test_c3po(toy) -> None:
+    """The sum over tokens by a constant, however many tokens there are."""
+    method = replace(config("c3po").method, token_budget=100)
+    case = Case(toy, "c3po", method=method)
+    rho = (case.x(case.new, 0) - case.x(case.old, 0).detach()).exp()
+    case.check(-clip(rho, case.A[:, None]).sum() / 100)
+
+
+def test_tbrm(toy) -> None:
+    """mean_i e1 e2; e_h = d_h - r/beta minus its group mean, d_h the change of the ELBO's draw h to the reference."""
+    case = Case(toy, "tbrm")
+    residuals = []
+    for j in range(2):
+        weight = toy.length / case.S[j].sum(1)
+        d = weight * (case.read(case.new, j) - case.read(case.ref, j).detach()).sum(1)
+        gap = d - case.step.graded.rewards / 0.5
+        means = torch.stack([gap[case.group == g].mean() for g in range(GROUPS)])
+        residuals.append(gap - means[case.group])
+    case.check((residuals[0] * residuals[1]).mean())

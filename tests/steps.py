@@ -1,0 +1,102 @@
+"""Training steps of any algorithm on the toy policy of tests/rl, in float64."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from igpo.config import AlgorithmConfig, DrawsConfig, InpaintConfig
+from igpo.rl.algorithms import Algorithm, build_algorithm
+from igpo.rl.gradient import accumulate
+from igpo.types import Graded, PolicyBatch, Seed
+
+SEED = Seed(4).at(2)
+COMMON = AlgorithmConfig(
+    num_generations=4, num_iterations=2, beta=0.0, hint_mode="score", importance_sampling_level="token",
+    inpaint=InpaintConfig(chunk_min=2, chunk_max=3, entropy_filter=1.0),
+    draws=DrawsConfig(num_draws=2, shrink=2, num_slices=3),
+)  # fmt: skip
+# what an algorithm cannot do without
+OPTIONS = {
+    "espo": {"importance_sampling_level": "sequence", "kl_estimator": "k2", "kl_level": "sequence", "beta": 0.1},
+    "c3po": {"loss_type": "budget"},
+    "tbrm": {"beta": 0.5},
+    "vrpo": {"beta": 0.5},
+    "tracerl": {"kl_to": "old", "beta": 0.1},
+    "agrpo": {"kl_estimator": "k3_ratio", "beta": 0.1},
+    "wd1": {"p_mask_prompt": 0.4},
+    "grpo": {"beta": 0.1, "p_mask_prompt": 0.4},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Step:
+    """Everything up to the inner updates."""
+
+    algorithm: Algorithm
+    policy: torch.nn.Module
+    frozen: torch.nn.Module
+    graded: Graded
+    advantages: torch.Tensor
+    batch: PolicyBatch
+
+
+def config(name: str) -> AlgorithmConfig:
+    return replace(COMMON, algorithm=name, **OPTIONS.get(name, {}))
+
+
+def parity(rollouts):
+    return rollouts.completion.sum(1) % 2 == 0
+
+
+def prepared(toy, cfg: AlgorithmConfig, start=None, *, batch_size: int = 64) -> Step:
+    """start: the canvas; None: three prompts of different lengths, padded."""
+    policy, frozen = toy.Policy(dtype=torch.float64), toy.Policy(dtype=torch.float64, seed=1)
+
+    @contextmanager
+    def reference():
+        yield frozen
+
+    grade = toy.grader(parity)
+    rollout = replace(toy.rollout, rollout_batch_size=batch_size)
+    algorithm = build_algorithm(cfg, rollout, grade, pad_id=toy.pad)
+    problems = toy.prompts()
+    rollouts = written(toy, toy.canvas(problems) if start is None else start)
+    graded = algorithm.explorer(policy, problems, grade(rollouts, problems), SEED)
+    advantages = algorithm.advantage(graded)
+    batch = algorithm.likelihood.prepare(policy, graded, SEED, reference)
+    return Step(algorithm, policy, frozen, graded, advantages, batch)
+
+
+def written(toy, canvas):
+    """Rollouts that depend on the row id alone."""
+    rollouts = toy.rolled(canvas)
+    rows = [torch.Generator().manual_seed(int(row)) for row in canvas.row_ids]
+    completion = torch.stack([torch.randint(0, 10, (toy.length,), generator=g) for g in rows])
+    return replace(
+        rollouts,
+        tokens=torch.cat([canvas.tokens[:, : canvas.prompt_length], completion], 1),
+        commit_logprob=-completion.double() / 5,
+        commit_entropy=completion.double() / 7,
+    )
+
+
+def moved(policy):
+    """The policy after an update."""
+    policy = copy.deepcopy(policy)
+    with torch.no_grad():
+        policy.mix.mul_(1.01)
+    return policy
+
+
+def gradient(step: Step, *, size: int = 64, inner: int = 1):
+    """Gradient of the weights, loss, and (loss, metrics) of its parts; the policy has moved in inner update 1."""
+    policy = moved(step.policy) if inner else copy.deepcopy(step.policy)
+    weights = step.algorithm.reweigh(step.graded, step.batch, step.advantages, inner)
+    rows = step.algorithm.objective.rows(weights)
+    parts = list(accumulate(step.algorithm, policy, step.batch, weights, inner, rows, size))
+    found = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    return found, sum(loss for loss, _ in parts), parts
