@@ -101,9 +101,12 @@ class MethodConfig:
     upper_power: float = 1.5  # SPG: beta of the upper bound
     upper_mixture: float = 0.5  # SPG: share of the upper bound where A < 0
     behaviour_cap: float = 2.0  # DiFFPO: largest correction (ours: the paper's is not known to us)
-    token_budget: int = (
-        16384  # loss_type=budget (C3PO): tokens a loss is divided by (ours: 64 completions of 256)
-    )
+    num_predictions: int = 8  # wd1++, MDPO: canvases of a rollout whose prediction is taken
+    kept_predictions: int = 4  # MDPO: of these, trained on
+    num_values: int = 2  # VinePPO, LINVIT: completions behind a value
+    value_temperature: float = 0.25  # LINVIT: lambda (ours: rewards are 0 or 1)
+    # loss_type=budget (C3PO): tokens a loss is divided by (ours: 64 completions of 256)
+    token_budget: int = 16384
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,19 @@ class Canvas:
 
 
 @dataclass(frozen=True)
+class Predictions:
+    """Complete answers the policy gives on the way: R canvases of a rollout, every masked position filled at once.
+
+    steps: (B, R) int64, the canvas is the one before this denoise step.   tokens: (B, R, L) int64, the completion with
+    the predicted tokens where it was masked.   logprob: (B, R, L) float32, nats, of these; 0 elsewhere.
+    """
+
+    steps: Tensor
+    tokens: Tensor
+    logprob: Tensor
+
+
+@dataclass(frozen=True)
 class Rollouts:
     """Denoised canvases and how they came about.
 
@@ -118,6 +131,7 @@ class Rollouts:
     commit_entropy: Tensor
     num_steps: Tensor
     num_forwards: int
+    predictions: Predictions | None = None  # where an explorer made some
 
     @property
     def completion(self) -> Tensor:
@@ -132,6 +146,7 @@ class Graded:
     rewards: (B,) float32, the weighted sum of reward functions.   correct: (B,) bool, the verifier's verdict.
     parts: name -> (B,) float32, NaN where a function returned None.   completions: B texts.
     rescued: (B,) bool, rows an explorer put in (IGPO's inpainted ones).   metrics: of grading and exploring.
+    credit: what an explorer says parts of a completion earned, (B, L) for tokens or (B, R) for predictions; or None.
     """
 
     rollouts: Rollouts
@@ -141,6 +156,7 @@ class Graded:
     completions: tuple[str, ...]
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     metrics: Metrics = field(default_factory=dict)
+    credit: Tensor | None = None
 
 
 @dataclass(frozen=True)

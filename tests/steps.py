@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from igpo.config import AlgorithmConfig, DrawsConfig, InpaintConfig
+from igpo.config import AlgorithmConfig, DrawsConfig, InpaintConfig, MethodConfig
 from igpo.rl.algorithms import Algorithm, build_algorithm
 from igpo.rl.gradient import accumulate
 from igpo.types import Graded, PolicyBatch, Seed
@@ -18,6 +18,7 @@ COMMON = AlgorithmConfig(
     num_generations=4, num_iterations=2, beta=0.0, hint_mode="score", importance_sampling_level="token",
     inpaint=InpaintConfig(chunk_min=2, chunk_max=3, entropy_filter=1.0),
     draws=DrawsConfig(num_draws=2, shrink=2, num_slices=3),
+    method=MethodConfig(num_predictions=4, kept_predictions=2, num_values=1),
 )  # fmt: skip
 # what an algorithm cannot do without
 OPTIONS = {
@@ -28,6 +29,7 @@ OPTIONS = {
     "tracerl": {"kl_to": "old", "beta": 0.1},
     "agrpo": {"kl_estimator": "k3_ratio", "beta": 0.1},
     "wd1": {"p_mask_prompt": 0.4},
+    "mdpo": {"kl_estimator": "k2", "beta": 0.1},
     "grpo": {"beta": 0.1, "p_mask_prompt": 0.4},
 }  # fmt: skip
 

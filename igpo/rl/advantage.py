@@ -64,6 +64,18 @@ def reward(graded: Graded) -> Tensor:
     return graded.rewards.float()
 
 
+def of_predictions(graded: Graded) -> Tensor:
+    """(B, R, 1): what the explorer says each prediction earned, for draws of predictions."""
+    assert graded.credit is not None, "an explorer gives it"
+    return graded.credit[..., None]
+
+
+def of_tokens(graded: Graded) -> Tensor:
+    """(B, 1, L): what the explorer says each token earned, the same in every draw."""
+    assert graded.credit is not None, "an explorer gives it"
+    return graded.credit[:, None]
+
+
 def softmax_difference(graded: Graded, *, psi: float = 1.0) -> Tensor:
     """A_i = softmax_i(psi r) - softmax_i(-psi r) within the group; they sum to 0. Source: arXiv:2507.08838 (wd1)."""
     deviation, group = _deviations(graded)

@@ -106,6 +106,16 @@ ALGORITHMS: dict[str, Composition] = {
     "c3po": Composition("none", "mean_field", "clip", checks.budget),
     # arXiv:2505.15311: squared trajectory Bellman residual
     "tbrm": Composition("none", "elbo", "bellman", advantage="reward"),
+    # arXiv:2505.19223: DPO with ELBOs on shared draws; pairs are a group's best and worst completions
+    "vrpo": Composition("none", "elbo", "preference", advantage="best_and_worst"),
+    # arXiv:2507.08838: wd1 on the predictions made along the way
+    "wd1pp": Composition("predictions", "predicted", "likelihood", advantage="softmax_difference"),
+    # arXiv:2508.13148: every graded prediction has an advantage of its own
+    "mdpo": Composition("step_rewards", "predicted_steps", "clip_draws", advantage="of_predictions"),
+    # arXiv:2410.01679: Monte Carlo values at block boundaries
+    "vineppo": Composition("vine", "slices", "clip_draws", advantage="of_tokens"),
+    # arXiv:2402.16181: the fills of a block weighted by their values
+    "linvit": Composition("candidates", "predicted_blocks", "likelihood", advantage="of_predictions"),
 }  # fmt: skip
 
 
@@ -130,7 +140,7 @@ def build_algorithm(
     checks.options(cfg)
     made.check(cfg, rollout)
     estimator, objective = likelihoods[str(cfg.likelihood)], OBJECTIVES[str(cfg.objective)](cfg)
-    checks.fit(cfg, estimator, objective, made.advantage)
+    checks.fit(cfg, estimator, objective, made.advantage, made.explorer)
     return Algorithm(
         explorer=EXPLORERS[made.explorer](cfg, rollout, grade, pad_id),
         advantage=OWN_ADVANTAGES[made.advantage](cfg) if made.advantage else ADVANTAGES[cfg.scale_rewards],

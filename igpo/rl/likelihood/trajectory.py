@@ -213,3 +213,37 @@ def _strata(count: int, rng) -> Tensor:
 def _eos(rollouts: Rollouts) -> int:
     """A token that is not in the vocabulary when there is no EOS."""
     return -1 if rollouts.canvas.eos_id is None else rollouts.canvas.eos_id
+
+
+def predicted(
+    rollouts: Rollouts,
+    seed: Seed,
+    *,
+    num_iterations: int,
+    weighting: str = "none",
+    reach: int | None = None,
+) -> list[InnerUpdate]:
+    """log p(x^k | canvas before step t) of the predicted tokens x of every masked position: one draw per prediction.
+
+    reach: read only what steps t to t + reach - 1 committed (LINVIT: the steps of a block).
+
+    weighting: "likelihood", each draw's sum is weighted L/(R l), l its masked positions and R the predictions (wd1++);
+    "confidence", terms of the loss are weighted exp(logprob at prediction)/(R l) instead (MDPO); "none".
+
+    Source: arXiv:2507.08838 (wd1++); arXiv:2508.13148 (MDPO).
+    """
+    made = rollouts.predictions
+    assert made is not None, "an explorer makes them"
+    length, count = rollouts.step_map.shape[1], made.steps.shape[1]
+    draws, weights = [], []
+    for r, step in enumerate(made.steps.T):
+        masked = (rollouts.step_map != GIVEN) & (rollouts.step_map >= step[:, None])
+        share = 1.0 / (count * masked.sum(1, keepdim=True).clamp(min=1)).float()
+        of_value = (length * share).expand_as(masked) if weighting == "likelihood" else None
+        read = masked & (rollouts.step_map < step[:, None] + (2**62 if reach is None else reach))
+        targets = made.tokens[:, r].contiguous()
+        draws.append(Draw(on_canvas(rollouts, masked), read, of_value, step, targets))
+        weights.append(made.logprob[:, r].exp() * share)
+    counted = torch.stack([draw.score for draw in draws]).any(0)
+    weight = torch.stack(weights, 1) if weighting == "confidence" else None
+    return [InnerUpdate(tuple(draws), counted, weight)] * num_iterations

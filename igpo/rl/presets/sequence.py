@@ -2,7 +2,8 @@
 
 [espo] arXiv:2512.03759, released code of 2026-01-25.   [bgpo] arXiv:2510.11683, appendix.   [wd1] arXiv:2507.08838,
 released code of 2025-07-08.   [dmpo] arXiv:2510.08233, released code of 2026-05-01.   [spg] arXiv:2510.09541, released
-code of 2025-10-17.   [tbrm] arXiv:2505.15311.   [d1] as in igpo.py.
+code of 2025-10-17.   [tbrm] arXiv:2505.15311.   [vrpo] arXiv:2505.19223 (LLaDA 1.5).   [linvit] arXiv:2402.16181.
+[d1] as in igpo.py.
 """
 
 from __future__ import annotations
@@ -145,6 +146,54 @@ PRESETS: dict[str, Preset] = {
             "learning_rate": 3e-6,  # [spg]
         },
         "lora": _LORA,
+    },
+    "vrpo": {
+        "rl": {
+            "algorithm": "vrpo",
+            "num_iterations": 1,  # [vrpo] one epoch; its 350 k offline pairs are a group's best and worst rows here
+            "scale_rewards": "none",  # pairs are told by the order of rewards
+            "beta": 0.1,  # ours: not found in [vrpo]; DPO's usual value
+            "draws": {
+                "num_draws": 8,  # [vrpo] n = 8 timesteps, one mask each
+                "elbo_weighting": "L/l",  # ours: [vrpo] has 1/t, of the same mean and diverging variance
+            },
+        },
+    },
+    "wd1pp": {
+        "rl": {
+            "algorithm": "wd1pp",
+            "num_generations": 6,  # [wd1]
+            "num_iterations": 1,  # ours: the number for wd1++ is not found
+            "scale_rewards": "none",  # as wd1
+            "beta": 0.0,  # [wd1]
+            "method": {
+                "psi": 1.0,  # [wd1]
+                "num_predictions": 8,  # ours: the number of intermediate completions is not found
+            },
+        },
+        "rollout": {
+            "max_completion_length": 256,  # [d1]
+            "block_length": 32,  # [d1]
+            "diffusion_steps": 128,  # [d1]
+            "temperature": 0.9,  # [d1]
+        },
+        "train": {
+            "prompts_per_step": 8,  # ours: as wd1
+            "learning_rate": 3e-6,  # [wd1]
+        },
+        "lora": _LORA,
+    },
+    "linvit": {
+        "rl": {
+            "algorithm": "linvit",
+            "num_iterations": 1,  # ours: [linvit] trains no model; one step towards its policy
+            "scale_rewards": "none",  # the weights are softmax(Q / lambda)
+            "beta": 0.0,  # [linvit] the prior is in the weights
+            "method": {
+                "num_values": 2,  # ours: completions behind a Q
+                "value_temperature": 0.25,  # ours: lambda for rewards of 0 and 1
+            },
+        },
     },
     "tbrm": {
         "rl": {

@@ -2,7 +2,8 @@
 
 [agrpo] arXiv:2510.04019, released code of 2026-05-11, its GSM8K configuration.   [mmada] arXiv:2505.15809, section 4.3.
 [coupled] arXiv:2506.20639 (DiffuCoder), released code of 2025-07-08.   [tracerl] arXiv:2509.06949, released code of
-2026-01-28, its LLaDA configuration.   [diffpo] arXiv:2510.02212.   [c3po] arXiv:2506.14731.   [d1] as in igpo.py.
+2026-01-28, its LLaDA configuration.   [diffpo] arXiv:2510.02212.   [c3po] arXiv:2506.14731.   [mdpo] arXiv:2508.13148,
+the command of its repository, 2025-10-21.   [vineppo] arXiv:2410.01679.   [d1] as in igpo.py.
 """
 
 from __future__ import annotations
@@ -127,6 +128,44 @@ PRESETS: dict[str, Preset] = {
         "train": {
             "prompts_per_step": 16,  # ours: as [d1]
             "learning_rate": 3e-6,  # ours: as [d1]
+        },
+    },
+    "mdpo": {
+        "rl": {
+            "algorithm": "mdpo",
+            "num_generations": 8,  # ours: not found in [mdpo]
+            "num_iterations": 1,  # [mdpo] log-probs recorded at the rollout are the old ones
+            "scale_rewards": "none",  # [mdpo] z-scored per step instead
+            "epsilon": 0.2,  # ours: not found in [mdpo]
+            "beta": 0.02,  # [mdpo]
+            "kl_estimator": "k2",  # [mdpo] per token
+            "method": {
+                "num_predictions": 32,  # ours: [mdpo] grades all 128 steps
+                "kept_predictions": 8,  # [mdpo] S
+            },
+        },
+        "rollout": {
+            "max_completion_length": 512,  # [mdpo]
+            "block_length": 512,  # [mdpo]
+            "diffusion_steps": 128,  # [mdpo]
+            "temperature": 0.4,  # [mdpo]
+        },
+        "train": {
+            "prompts_per_step": 16,  # [mdpo] accumulation steps; ours: one group each
+            "learning_rate": 7e-7,  # [mdpo]
+        },
+    },
+    "vineppo": {
+        "rl": {
+            "algorithm": "vineppo",
+            "num_generations": 8,  # ours: not looked up in [vineppo]
+            "num_iterations": 2,  # ours: not looked up in [vineppo]
+            "scale_rewards": "none",  # values are the baseline
+            "epsilon": 0.2,  # ours: PPO's usual value
+            "beta": 1e-4,  # ours: not looked up in [vineppo]
+            "kl_estimator": "k3",  # ours: as every other here
+            "draws": {"shrink": 8},  # ours: as [tracerl] on LLaDA
+            "method": {"num_values": 2},  # ours: [vineppo] has 9, which costs 4.5 times as much
         },
     },
     "c3po": {
