@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from igpo.config import AlgorithmConfig, RolloutConfig
 from igpo.demo import study
 from igpo.ops import OPS
 from igpo.ops.__main__ import rows
-from igpo.rl.algorithms import ALGORITHMS
+from igpo.rl import advantage
+from igpo.rl.algorithms import ALGORITHMS, Composition, build_algorithm
+from igpo.rl.parts import OWN_ADVANTAGES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,6 +41,33 @@ def test_the_table_of_backends_is_that_of_the_program() -> None:
 def test_every_op_and_algorithm_is_named() -> None:
     for name in (*OPS, *ALGORITHMS):
         assert f"`{name}`" in README, f"README.md does not name {name}"
+
+
+def test_every_algorithm_is_described_with_its_line() -> None:
+    page = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    source = (ROOT / "igpo" / "rl" / "algorithms.py").read_text(encoding="utf-8")
+    found = re.finditer(r'^    ("(\w+)": Composition\(.*\),)$', source, re.MULTILINE)
+    lines = {match[2]: match[1] for match in found}
+    assert set(lines) == set(ALGORITHMS)
+    baselines = {"grpo_resample", "trace_in_group", "trace_as_hints"}
+    for name, line in lines.items():
+        assert f"`{name}`" in page, name
+        assert name in baselines or f"### {name}\n\n```python\n{line}\n```" in page, line
+
+
+def test_the_worked_example_of_an_algorithm_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    function, line = re.findall(
+        r"```python\n(.*?)```", page.partition("## Adding one")[2], re.DOTALL
+    )
+    made: dict = {}
+    exec(compile(function, "docs/algorithms.md", "exec"), vars(advantage).copy(), made)
+    monkeypatch.setitem(OWN_ADVANTAGES, "best", lambda cfg: made["best"])
+    composition = eval(line.partition(":")[2].strip().rstrip(","), {"Composition": Composition})
+    monkeypatch.setitem(ALGORITHMS, "raft", composition)
+    cfg = AlgorithmConfig(algorithm="raft")
+    built = build_algorithm(cfg, RolloutConfig(), lambda rollouts, prompts: rollouts, pad_id=0)  # type: ignore[arg-type, return-value]
+    assert built.advantage is made["best"]
 
 
 def test_links_lead_somewhere() -> None:

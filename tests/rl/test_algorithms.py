@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from igpo.config import AlgorithmConfig, Config, InpaintConfig
+from igpo.rl import presets
 from igpo.rl.algorithms import ALGORITHMS, LIKELIHOODS, build_algorithm
 from igpo.rl.gradient import accumulate
 from igpo.rl.objective import LOSS_TYPES
@@ -216,6 +219,20 @@ def test_presets_are_configurations_that_build(toy, name: str) -> None:
     config = merged(Config(), PRESETS[name])
     algorithm = build_algorithm(config.rl, config.rollout, toy.grader(never), pad_id=toy.pad)
     assert algorithm.likelihood.num_iterations == config.rl.num_iterations
+
+
+def test_every_paper_has_its_preset() -> None:
+    """c3po and the like too; the baselines are ours."""
+    ours = {"grpo_resample", "trace_in_group", "trace_as_hints"}
+    assert {preset["rl"]["algorithm"] for preset in PRESETS.values()} == set(ALGORITHMS) - ours
+
+
+def test_every_number_of_a_preset_has_its_source() -> None:
+    for file in sorted((Path(presets.__file__).parent).glob("*.py")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if re.match(r'\s+"\w+": ([\d."]|True|False)', line):
+                told = re.search(r"# .*(\[[a-z0-9 ]+\]|ours|as wd1|weights|values|pairs)", line)
+                assert told or '"algorithm"' in line, f"{file.name}: {line.strip()}"
 
 
 def test_the_published_run_is_the_default() -> None:

@@ -174,9 +174,7 @@ PRESETS: dict[str, Preset] = {
             "loss_type": "budget",  # [c3po] divided by a fixed number of tokens
             "importance_sampling_level": "token",  # [c3po] aggregated at token level
             "mask_after_eos": True,  # [c3po] lengths differ; that is what the budget is for
-            "method": {
-                "token_budget": 65536
-            },  # ours: half of 64 x 8 completions of 256; [c3po] is of another model
+            "method": {"token_budget": 65536},  # ours: half of 64 x 8 completions of 256
         },
     },
 }
