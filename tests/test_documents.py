@@ -55,6 +55,19 @@ def test_every_algorithm_is_described_with_its_line() -> None:
         assert name in baselines or f"### {name}\n\n```python\n{line}\n```" in page, line
 
 
+def test_the_table_of_costs_is_that_of_the_measurement() -> None:
+    page = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    measured = sorted((ROOT / "benchmarks" / "results").glob("*-algorithm_cost.json"))[-1]
+    for x in json.loads(measured.read_text(encoding="utf-8"))["rows"]:
+        counts = [
+            x["draws"],
+            x["inner updates"],
+            *(x[k] for k in ("old", "reference", "first pass", "train")),
+        ]
+        line = f"| `{x['name']}` | " + " | ".join(f"{count:g}" for count in counts)
+        assert line in page, line
+
+
 def test_the_worked_example_of_an_algorithm_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     page = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
     function, line = re.findall(
