@@ -300,14 +300,18 @@ def test_mdpo(toy) -> None:
 
 
 def test_mdpo_step_advantages() -> None:
-    """Two rows, predictions rewarded 0, 1 and 0, 0, completions 1 and 0, by hand."""
+    """Three rows, two predictions each, by hand."""
     from igpo.rl.predictions import step_advantages
 
-    rewards, last = torch.tensor([[0.0, 1.0], [0.0, 0.0]]), torch.tensor([1.0, 0.0])
+    rewards = torch.tensor([[0.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
+    last = torch.tensor([1.0, 0.0, 1.0])
     # (r_0 - 0) + 1 + mean(r_1, r_T);  (r_1 - r_0) + 1 + r_T
-    raw = torch.tensor([[0 + 1 + 1.0, 1 + 1 + 1.0], [0 + 1 + 0.0, 0 + 1 + 0.0]]).double()
+    raw = torch.tensor(
+        [[0 + 1 + 1.0, 1 + 1 + 1.0], [0 + 1 + 0.0, 0 + 1 + 0.0], [1 + 1 + 0.5, -1 + 1 + 1.0]],
+        dtype=torch.float64,
+    )
     expected = (raw - raw.mean(0)) / raw.std(0, correction=0)
-    found = step_advantages(rewards, last, torch.zeros(2, dtype=torch.int64), delta=0.0)
+    found = step_advantages(rewards, last, torch.zeros(3, dtype=torch.int64), delta=0.0)
     torch.testing.assert_close(found, expected)
 
 
