@@ -18,18 +18,21 @@ from .config import Config, ConfigError
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 TRACEBACK = "--traceback"
+DRY_RUN = "--dry-run"
 
 
 @dataclass(frozen=True)
 class Command:
     """`target` is "module:function", called with (cfg if tree) and (options if it has any). `words` is the option that
-    takes the words of the command line which are no options, if not YAML files."""
+    takes the words of the command line which are no options, if not YAML files. `dry_run` is called instead of
+    `target` with --dry-run."""
 
     summary: str
     target: str
     tree: bool = True
     options: type | None = None
     words: str | None = None
+    dry_run: str | None = None
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,8 @@ class Start:
 
 
 COMMANDS = {
-    "train": Command("reinforcement learning: IGPO, GRPO and kin", "igpo.train:run"),
-    "sft": Command("masked supervised fine-tuning", "igpo.sft:run"),
+    "train": Command("reinforcement learning: IGPO, GRPO and kin", "igpo.train:run", dry_run="igpo.dry_run:train"),
+    "sft": Command("masked supervised fine-tuning", "igpo.sft:run", dry_run="igpo.dry_run:sft"),
     "eval": Command("accuracy on a file of problems", "igpo.evaluate:run", options=config.EvalOptions),
     "generate": Command("completions of prompts", "igpo.generate:run", options=config.GenerateOptions),
     "report": Command("one page that compares runs", "igpo.report:run", False, config.ReportOptions, "runs"),
@@ -95,8 +98,11 @@ def _guarded(name: str, words: Sequence[str]) -> int:
 
 
 def _call(command: Command, words: Sequence[str]) -> None:
+    target = command.target
+    if DRY_RUN in words and command.dry_run is not None:
+        words, target = [word for word in words if word != DRY_RUN], command.dry_run
     arguments = parse(command, words)
-    module, _, function = command.target.partition(":")
+    module, _, function = target.partition(":")
     getattr(importlib.import_module(module), function)(*arguments)
 
 
@@ -195,6 +201,11 @@ def usage(name: str) -> str:
         comment = f"  # {leaf.comment}" if leaf.comment else ""
         default = config_io.show(leaf.default)
         lines.append(f"  {leaf.path[-1]}={default}  ({leaf.type_name}){comment}")
+    if command.dry_run is not None:
+        lines += [
+            "",
+            f"{DRY_RUN}: memory, work, data, and two steps with a small model; nothing is kept.",
+        ]
     if command.tree:
         spellings = ", ".join(f"{alias} = {key}" for alias, key in config_io.ALIASES.items())
         lines += ["", f"Also understood: {spellings}."]

@@ -62,7 +62,9 @@ def run(program: str, tests: Sequence[str], limits: Limits, stdin: str = "") -> 
         "program": program, "tests": list(tests), "token": token, "cpu_seconds": int(limits.seconds) + 1,
         "memory_bytes": limits.memory_bytes, "output_bytes": limits.output_bytes,
     }  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="igpo-") as folder, tempfile.TemporaryFile() as printed:
+    with (
+        tempfile.TemporaryFile() as printed
+    ):  # has no name, so nothing is left of it whoever is killed
         with tempfile.TemporaryFile() as typed, tempfile.TemporaryFile() as asked:
             for stream, text in ((typed, stdin), (asked, json.dumps(request))):
                 stream.write(text.encode("utf-8", "surrogatepass"))
@@ -72,7 +74,7 @@ def run(program: str, tests: Sequence[str], limits: Limits, stdin: str = "") -> 
                 process = subprocess.Popen(
                     [sys.executable, "-I", "-B", str(_CHILD), str(asked.fileno()), str(writing)],
                     stdin=typed, stdout=printed, stderr=subprocess.DEVNULL, pass_fds=(asked.fileno(), writing),
-                    cwd=folder, env={"PATH": os.defpath, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                    cwd="/", env={"PATH": os.defpath, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
                 )  # fmt: skip
             finally:
                 os.close(writing)
