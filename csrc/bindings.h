@@ -32,9 +32,9 @@ void kernel(pybind11::module_& m, const char* name, void (*portable)(Args...), v
 }
 
 // IGPO_BIND_CUDA(kernel): the same for a CUDA kernel. The lock is kept: a launch takes microseconds.
-template <class... Args>
-void cuda_kernel(pybind11::module_& m, const char* name, void (*run)(Args...)) {
-  m.def(name, [=](typename Argument<Args>::Type... args) { run(Argument<Args>::cast(args)...); });
+template <class Result, class... Args>
+void cuda_kernel(pybind11::module_& m, const char* name, Result (*run)(Args...)) {
+  m.def(name, [=](typename Argument<Args>::Type... args) { return run(Argument<Args>::cast(args)...); });
 }
 void cuda(pybind11::module_& m);  // csrc/cuda_bindings.cpp
 

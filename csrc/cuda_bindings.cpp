@@ -10,6 +10,8 @@ void cuda(pybind11::module_& m) {
   m.def("unavailable", igpo::cuda::unavailable);
 
   IGPO_BIND_CUDA(merge_hints);
+  IGPO_BIND_CUDA(unmask_step);
+  IGPO_BIND_CUDA(unmask_step_workspace);
 }
 
 }  // namespace igpo::bind

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -70,11 +72,15 @@ def cuda_why_not() -> str | None:
     return _cuda.unavailable() or None
 
 
-def cuda(kernel: str, device: torch.device, *args: object) -> None:
-    """Launches igpo._C.cuda.<kernel> on the current stream of `device`; tensors go as addresses, None as 0."""
-    index = device.index or 0
-    stream = torch._C._cuda_getCurrentRawStream(index) if device.type == "cuda" else 0
-    addresses = (
+def addresses(args: Iterable[object]) -> tuple:
+    """Arguments as igpo._C takes them: tensors as addresses, None as 0."""
+    return tuple(
         x.data_ptr() if isinstance(x, torch.Tensor) else 0 if x is None else x for x in args
     )
-    getattr(_cuda, kernel)(*addresses, index, stream)
+
+
+def cuda(kernel: str, device: torch.device, *args: object) -> Any:
+    """Launches igpo._C.cuda.<kernel> on the current stream of `device`; its result, which only host functions have."""
+    index = device.index or 0
+    stream = torch._C._cuda_getCurrentRawStream(index) if device.type == "cuda" else 0
+    return getattr(_cuda, kernel)(*addresses(args), index, stream)

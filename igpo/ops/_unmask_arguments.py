@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _check, _philox
 
-CONFIDENCES = ("prob", "margin", "entropy", "random")  # the order is csrc/unmask_step.cpp's
+CONFIDENCES = ("prob", "margin", "entropy", "random")  # the order is that of every backend
 SAMPLERS = ("icdf", "gumbel")
 
 
@@ -28,6 +28,11 @@ class Rule(NamedTuple):
 
     def key(self, stream: int) -> int:
         return _philox.key(self.seed, self.step, stream)
+
+    def keys(self) -> tuple[int, int, int]:
+        """Of the token, the random score and the Gumbel noise."""
+        streams = (_philox.STREAM_TOKEN, _philox.STREAM_RANDOM_SCORE, _philox.STREAM_GUMBEL)
+        return tuple(self.key(stream) for stream in streams)  # type: ignore[return-value]
 
 
 def checked(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _native, _philox, _sampling
-from ._dispatch import Op, cpu, reference
+from ._dispatch import Op, cpu, cuda, reference, triton
 from ._library import register
 from ._unmask_arguments import CONFIDENCES, Rule, checked
 
@@ -106,11 +106,8 @@ def reference_forward(
     )
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _cpu_forward(
+def _native_forward(
+    launch: Callable[..., None],
     out: Tensor,
     logits: Tensor,
     tokens: Tensor,
@@ -120,7 +117,7 @@ def _cpu_forward(
     row_ids: Tensor | None,
     rule: Rule,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, length, vocab = logits.shape
+    """Fills `out` and the result by launch(the arguments that C++ and CUDA share)."""
     tokens = tokens.contiguous()
     eligible, num_unmask, suppress, row_ids = (
         None if x is None else x.contiguous() for x in (eligible, num_unmask, suppress, row_ids)
@@ -128,19 +125,35 @@ def _cpu_forward(
     dense = out if out.is_contiguous() else torch.empty_like(tokens)
     committed = torch.empty_like(tokens, dtype=torch.bool)
     score, logprob, entropy = (torch.empty_like(tokens, dtype=torch.float32) for _ in range(3))
-    streams = (_philox.STREAM_TOKEN, _philox.STREAM_RANDOM_SCORE, _philox.STREAM_GUMBEL)
-    _native.module().unmask_step(
-        logits.data_ptr(), logits.stride(0), logits.stride(1), _native.DTYPE_TAG[logits.dtype],
-        tokens.data_ptr(), _address(eligible), rule.num_unmask, _address(num_unmask),
-        _address(suppress), 0 if suppress is None else suppress.numel(), _address(row_ids),
-        dense.data_ptr(), committed.data_ptr(), score.data_ptr(), logprob.data_ptr(),
-        entropy.data_ptr(), batch, length, vocab, rule.mask_id, rule.temperature,
+    launch(
+        logits, logits.stride(0), logits.stride(1), _native.DTYPE_TAG[logits.dtype], tokens, eligible,
+        rule.num_unmask, num_unmask, suppress, 0 if suppress is None else suppress.numel(), row_ids,
+        dense, committed, score, logprob, entropy, *logits.shape, rule.mask_id, rule.temperature,
         CONFIDENCES.index(rule.confidence), rule.threshold is not None, rule.threshold or 0.0,
-        rule.sampler == "gumbel", *(rule.key(s) for s in streams), _native.num_threads(),
+        rule.sampler == "gumbel", *rule.keys(),
     )  # fmt: skip
     if dense is not out:
         out.copy_(dense)
     return committed, score, logprob, entropy
+
+
+def _cpu_forward(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def launch(*values: object) -> None:
+        _native.module().unmask_step(*_native.addresses(values), _native.num_threads())
+
+    return _native_forward(launch, *args)
+
+
+def _cuda_forward(out: Tensor, logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    device, (batch, length, vocab) = logits.device, logits.shape
+
+    def launch(*values: object) -> None:
+        tag = _native.DTYPE_TAG[logits.dtype]
+        size = _native.cuda("unmask_step_workspace", device, batch * length, vocab, tag)
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        _native.cuda("unmask_step", device, *values, workspace)
+
+    return _native_forward(launch, out, logits, *args)
 
 
 def _refuses(out: Tensor, logits: Tensor, *_: object) -> str | None:
@@ -151,7 +164,12 @@ def _refuses(out: Tensor, logits: Tensor, *_: object) -> str | None:
 
 OP = Op(
     "unmask_step",
-    (cpu(forward=_cpu_forward, refuses=_refuses), reference(forward=reference_forward)),
+    (
+        cuda(forward=_cuda_forward, refuses=_refuses),
+        triton("unmask_step", "forward", refuses=_refuses),
+        cpu(forward=_cpu_forward, refuses=_refuses),
+        reference(forward=reference_forward),
+    ),
 )
 
 _ARGUMENTS = (
