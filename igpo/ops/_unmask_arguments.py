@@ -29,7 +29,7 @@ class Rule(NamedTuple):
     def key(self, stream: int) -> int:
         return _philox.key(self.seed, self.step, stream)
 
-    def keys(self) -> tuple[int, int, int]:
+    def stream_keys(self) -> tuple[int, int, int]:
         """Of the token, the random score and the Gumbel noise."""
         streams = (_philox.STREAM_TOKEN, _philox.STREAM_RANDOM_SCORE, _philox.STREAM_GUMBEL)
         return tuple(self.key(stream) for stream in streams)  # type: ignore[return-value]

@@ -130,7 +130,7 @@ def _native_forward(
         rule.num_unmask, num_unmask, suppress, 0 if suppress is None else suppress.numel(), row_ids,
         dense, committed, score, logprob, entropy, *logits.shape, rule.mask_id, rule.temperature,
         CONFIDENCES.index(rule.confidence), rule.threshold is not None, rule.threshold or 0.0,
-        rule.sampler == "gumbel", *rule.keys(),
+        rule.sampler == "gumbel", *rule.stream_keys(),
     )  # fmt: skip
     if dense is not out:
         out.copy_(dense)

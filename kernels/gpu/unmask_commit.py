@@ -58,9 +58,7 @@ def _least_key(
         base = tl.zeros((), tl.int64)
         while base < length:
             at = base + tl.arange(0, BLOCK)
-            key, valid = _keys(
-                tokens, eligible, candidate, score, mask_id, first, at, at < length
-            )
+            key, valid = _keys(tokens, eligible, candidate, score, mask_id, first, at, at < length)
             key ^= flip
             # two shifts: one by 64 bits would not be one
             shares = ((key ^ prefix) >> shift >> 8) & ((1 << (56 - shift)) - 1)

@@ -1,7 +1,7 @@
 """unmask_step in Triton: V s bytes read per row that takes part, once; nothing of the others.
 
-A program per slice of a row leaves its maximum and sums, one per row combines them in float64 and draws, one per sequence
-commits (unmask_commit.py). Slices are cut by the vocabulary alone, so a row's bits depend on nothing else.
+A program per slice of a row leaves its maximum and sums, one per row combines them in float64 and draws, one per
+sequence commits (unmask_commit.py). Slices are cut by the vocabulary alone, so a row's bits depend on nothing else.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ from .sampling import gumbel, pick
 from .unmask_commit import commit_kernel, list_kernel, takes_part
 
 SLICE = 4096  # one tile of registers; 31 slices at V = 126464 (chosen)
+SCAN = {
+    "num_warps": 8,
+    **({"maxnreg": 64} if torch.version.cuda else {}),
+}  # else the compiler takes twice the registers
+SCAN_NOISY = {"num_warps": 8, "enable_fp_fusion": False}  # the noise must not be rounded less often
 GROUP = tl.constexpr(64)  # tokens
 FIELDS = 10
 (MAX, SECOND, SUM, WEIGHTED, SUM1, WEIGHTED1, NOISY, VALUE, FIRST, DRAWN) = (
@@ -26,7 +31,7 @@ FIELDS = 10
 PROB, MARGIN, ENTROPY, RANDOM = (tl.constexpr(i) for i in range(4))
 CONFIDENCES = ("prob", "margin", "entropy", "random")
 DIRECT_ROWS = 512  # beyond it programs take rows from a list (chosen)
-RESIDENT = 12  # programs of a multiprocessor then (chosen)
+RESIDENT = 4  # programs of a multiprocessor then: eight warps of 64 registers
 LN2 = 0.69314718055994530942
 UNSPECIALIZED = ("rows", "num_suppress", "exponent", "inverse_bits", "temperature_bits")
 KEYS = ("token_low", "token_high", "score_low", "score_high", "gumbel_low", "gumbel_high")
@@ -51,8 +56,8 @@ def _load(x, at, vocab, suppress, num_suppress):
 def _noisy(x, at, top, inverse, temperature, key_low, key_high, position, row_id):
     """(score, logit, token) of the best of x / temperature + noise: exact, as the reference computes it.
 
-    Noise -log(-log(1-v)) is at most -log v: that bound, in float32 and from one word of v, orders the tokens, and few are
-    scored before the best score is out of the others' reach.
+    Noise -log(-log(1-v)) is at most -log v: that bound, in float32 and from one word of v, orders the tokens, and few
+    are scored before the best score is out of the others' reach.
     """
     shift = top.to(tl.float64) / temperature
     even = tl.min(at, 0) // 2 + tl.arange(0, at.shape[0] // 2)
@@ -85,10 +90,10 @@ def _noisy(x, at, top, inverse, temperature, key_low, key_high, position, row_id
 
 @triton.jit
 def _row_of(found, index, LISTED: tl.constexpr):
+    row = index
     if LISTED:
-        return tl.load(found + 1 + index)
-    else:
-        return index.to(tl.int64)
+        row = tl.load(found + 1 + index)
+    return row
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, *KEYS])
@@ -151,9 +156,7 @@ def _scan_kernel(
 
 
 @triton.jit
-def _draw_in_slice(
-    x, part, top, u, exponent, vocab, suppress, num_suppress, SLICE: tl.constexpr
-):
+def _draw_in_slice(x, part, top, u, exponent, vocab, suppress, num_suppress, SLICE: tl.constexpr):
     """(token, logit) of an inverse-CDF draw in a slice: by group, then token, each dividing its own sum."""
     at = part * SLICE + tl.arange(0, SLICE)
     mass = tl.exp2((_load(x, at, vocab, suppress, num_suppress) - top) * exponent)
@@ -218,7 +221,7 @@ def _finish_kernel(
             if BOTH:
                 sums = tl.load(at + SUM1 * field, mask=inside, other=0.0)
                 moments = tl.load(at + WEIGHTED1 * field, mask=inside, other=0.0)
-                _, total1, weighted1 = _combined(sums, moments, tops - top, LOG2)
+                _mass1, total1, weighted1 = _combined(sums, moments, tops - top, LOG2)
             if total > 0:
                 value = top
                 if GUMBEL:
@@ -227,7 +230,7 @@ def _finish_kernel(
                     value = tl.load(parts + row * SLICES + part + VALUE * field)
                     token = tl.load(parts + row * SLICES + part + DRAWN * field).to(tl.int64)
                 elif DRAWS:
-                    w0, w1, _, _ = philox(token_low, token_high, position, position * 0, row_id)
+                    w0, w1, _w2, _w3 = philox(token_low, token_high, position, position * 0, row_id)
                     part, u = pick(mass, uniform53(w0, w1), WIDTH)
                     own = tl.sum(tl.where(n == part, tops, 0.0), 0).to(tl.float32)
                     drawn, logit = _draw_in_slice(
@@ -249,8 +252,10 @@ def _finish_kernel(
                 elif CONFIDENCE == ENTROPY:
                     result = 0.0 - _entropy(total1, weighted1)
                 else:
-                    w0, _, _, _ = philox(score_low, score_high, position, position * 0, row_id)
-                    result = ((w0 >> 9).to(tl.float64) + 0.5) * 1.1920928955078125e-07
+                    bits, _b1, _b2, _b3 = philox(
+                        score_low, score_high, position, position * 0, row_id
+                    )
+                    result = ((bits >> 9).to(tl.float64) + 0.5) * 1.1920928955078125e-07
                 tl.store(candidate + row, token)
                 tl.store(score + row, result.to(tl.float32))
                 tl.store(logprob + row, (below * inverse - tl.log(total)).to(tl.float32))
@@ -278,7 +283,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 def _search(logits, tokens, eligible, suppress, row_ids, rule, results) -> None:
     """Fills (candidate, score, logprob, entropy) of the rows that take part."""
-    (batch, length, vocab), rows = logits.shape, tokens.numel()
+    (_, length, vocab), rows = logits.shape, tokens.numel()
     slice_ = min(SLICE, max(2 * GROUP.value, triton.next_power_of_2(vocab)))
     slices = triton.cdiv(vocab, slice_)
     listed = rows > DIRECT_ROWS
@@ -289,7 +294,7 @@ def _search(logits, tokens, eligible, suppress, row_ids, rule, results) -> None:
     draws = rule.temperature > 0
     both = draws and rule.temperature != 1 and rule.confidence != "random"
     inverse = min(1 / rule.temperature, 1e30) if draws else 1.0
-    token_key, score_key, gumbel_key = (halves(key) for key in rule.keys())
+    token_key, score_key, gumbel_key = (halves(key) for key in rule.stream_keys())
     noise = draws and rule.sampler == "gumbel"
     most = _multiprocessors(logits.device) * RESIDENT if listed else rows * slices
     where = (logits, logits.stride(0), logits.stride(1), tokens, eligible, suppress, row_ids, found)
@@ -297,8 +302,8 @@ def _search(logits, tokens, eligible, suppress, row_ids, rule, results) -> None:
     sizes = (*sizes, inverse / LN2, _bits(inverse))
     same = {"SLICES": slices, "SLICE": slice_, "LISTED": listed, "BOTH": both, "GUMBEL": noise}
     _scan_kernel[(min(most, rows * slices),)](
-        *where, parts, *sizes, _bits(rule.temperature), *gumbel_key, **same, num_warps=4,
-        enable_fp_fusion=not noise,
+        *where, parts, *sizes, _bits(rule.temperature), *gumbel_key, **same,
+        **(SCAN_NOISY if noise else SCAN),
     )  # fmt: skip
     _finish_kernel[(min(most, rows),)](
         *where, parts, *results, *sizes, *token_key, *score_key, **same,
