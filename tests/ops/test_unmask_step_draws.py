@@ -185,9 +185,9 @@ def test_exact_log_is_a_logarithm() -> None:
 @pytest.mark.parametrize("sampler", ["icdf", "gumbel"])
 @pytest.mark.parametrize("confidence", ["prob", "random"])
 def test_a_row_draws_the_same_in_any_batch(backend: str, sampler: str, confidence: str) -> None:
-    logits, tokens = torch.randn(4, 3, 4200), torch.where(torch.rand(4, 3) < 0.8, MASK, 1)
-    if is_slow(backend):
-        tokens = torch.where(torch.arange(12).view(4, 3) % 8 == 1, MASK, 1)
+    length = 1 if is_slow(backend) else 3
+    logits, tokens = torch.randn(4, length, 4200), torch.full((4, length), MASK)
+    tokens[2] = tokens[:, 1:2] = 1
     ids = torch.tensor([7, 2**35, -3, 0])
     rule = {"mask_id": MASK, "num_unmask": 2, "temperature": 0.9, "confidence": confidence}
     rule |= {"sampler": sampler, "seed": 3, "step": 8}
@@ -209,7 +209,7 @@ def test_a_row_draws_the_same_in_any_batch(backend: str, sampler: str, confidenc
 
 @pytest.mark.parametrize("sampler", ["icdf", "gumbel"])
 def test_draws_depend_on_seed_step_row_and_position(backend: str, sampler: str) -> None:
-    length = 2 if is_slow(backend) else 30
+    length = 1 if is_slow(backend) and backend == "triton" else 30
     logits = torch.zeros(2, length, 1000)
     base = {"sampler": sampler, "seed": 1, "step": 1, "row_ids": torch.tensor([3, 4])}
     tokens = draw(logits, **base)
