@@ -251,8 +251,10 @@ def unmask_step(
         threshold: also commit every position with score >= threshold, and at least one per sequence that has any.
         suppress_tokens: ids never drawn: a sequence, or an int64 tensor on the same device (then not checked: an id
             outside [0, V) suppresses nothing). p, logprob and entropy are over the remaining tokens.
-        sampler: "icdf": inverse CDF of one 52-bit uniform per position. "gumbel": argmax(logits/temperature + noise)
-            in float64, the noise keyed by token id too: the same tokens bit for bit on every backend.
+        sampler: "icdf": inverse CDF of one 52-bit uniform per position, the same on every backend. Backends cut the
+            vocabulary differently: float32 rounding at a boundary gives another token in fewer than one of 1000
+            draws. "gumbel": argmax(logits/temperature + noise) in float64, the noise keyed by token id too: the
+            same tokens bit for bit on every backend.
         seed, step, row_ids: a draw depends on (seed, step, row_ids[b], position) and the row's logits only. row_ids:
             (B,) int64, arange(B) when None. In a captured CUDA graph seed and step are constants: put what changes
             between replays in row_ids.
@@ -264,8 +266,9 @@ def unmask_step(
     Ties: lower token id; lower position.
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or values as above.   BackendError: a forced backend refuses.
-    Accuracy: sums in float32 per 4096 tokens, then float64 (tests/ops/test_unmask_step.py). Deterministic; bit-equal
-        for any batch, split or number of threads.
+    Accuracy: sums in float32 per slice of the vocabulary (4096 tokens; CUDA: at least 2048 and an eighth of it), then
+        float64 (tests/ops/test_unmask_step.py). Deterministic; on a backend bit-equal for any batch, split or number
+        of threads. Nothing is returned to the host.
     Source: low-confidence remasking, arXiv:2502.09992, section 2.4; float64 noise, arXiv:2409.02908.
     """
     args = checked(

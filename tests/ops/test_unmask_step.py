@@ -57,9 +57,17 @@ def naive(
 SHAPES = [(1, 1, 1), (2, 3, 2), (3, 5, 7), (2, 4, 101), (1, 3, 4096), (2, 2, 4159), (1, 2, 12289)]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16", "f16"])
-@pytest.mark.parametrize("confidence", CONFIDENCES[:3])
+# every confidence in float32; in the others they take turns
+GREEDY = [
+    (shape, dtype, confidence)
+    for s, shape in enumerate(SHAPES)
+    for d, dtype in enumerate(DTYPES)
+    for c, confidence in enumerate(CONFIDENCES[:3])
+    if d == 0 or (s + d + c) % 3 == 0
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "confidence"), GREEDY, ids=str)
 def test_greedy_matches_definition(
     backend: str, shape: tuple, dtype: torch.dtype, confidence: str, ran
 ) -> None:
@@ -160,7 +168,7 @@ def test_ties_go_to_the_lower_token_and_the_lower_position(backend: str) -> None
 def test_threshold_commits_what_reaches_it_and_at_least_one(
     backend: str, num_unmask: int | torch.Tensor, threshold: float
 ) -> None:
-    logits, tokens, eligible = example(3, 3 if is_slow(backend) else 8, 11, scale=4.0)
+    logits, tokens, eligible = example(3, 2 if is_slow(backend) else 8, 11, scale=4.0)
     tokens[:, 0], eligible[:2, 0], eligible[2] = MASK, True, False
     got = unmask_step(
         logits, tokens, mask_id=MASK, num_unmask=num_unmask, eligible=eligible, threshold=threshold
@@ -182,12 +190,8 @@ def test_threshold_is_compared_in_the_precision_of_the_score(backend: str) -> No
     ("temperature", "sampler", "confidence"),
     [
         (0.0, "icdf", "prob"),
-        (0.0, "icdf", "margin"),
-        (1.0, "icdf", "entropy"),
         (1.0, "gumbel", "random"),
-        (1.3, "icdf", "prob"),
-        (1.3, "icdf", "random"),
-        (1.3, "gumbel", "margin"),
+        (1.3, "icdf", "margin"),
         (1.3, "gumbel", "entropy"),
     ],
 )
@@ -235,12 +239,13 @@ def test_extreme_logits(backend: str, temperature: float) -> None:
 
 
 def test_strides_do_not_matter(backend: str) -> None:
+    n, length = (2, 2) if is_slow(backend) else (7, 3)
     big = torch.randn(5, 11, 3000)
-    logits = big.transpose(0, 1)[2:9, 1:4, 1:2750]
-    tokens = torch.where(torch.rand(3, 7) < 0.8, MASK, 0).t()
-    eligible = (torch.rand(3, 7) < (0.2 if is_slow(backend) else 0.8)).t()
-    counts = torch.arange(14)[::2]
-    rule = {"mask_id": MASK, "temperature": 0.7, "row_ids": torch.arange(14)[1::2]}
+    logits = big.transpose(0, 1)[2 : 2 + n, 1 : 1 + length, 1:2750]
+    tokens = torch.where(torch.rand(length, n) < 0.8, MASK, 0).t()
+    eligible = (torch.rand(length, n) < 0.8).t()
+    counts = torch.arange(2 * n)[::2]
+    rule = {"mask_id": MASK, "temperature": 0.7, "row_ids": torch.arange(2 * n)[1::2]}
     assert not logits.is_contiguous()
     assert not tokens.is_contiguous()
     got = unmask_step(logits, tokens, num_unmask=counts, eligible=eligible, **rule)
@@ -249,14 +254,14 @@ def test_strides_do_not_matter(backend: str) -> None:
     want = unmask_step(logits_, tokens_, num_unmask=counts_, eligible=eligible_, **rule)
     assert all(map(torch.equal, got, want))
     expanded = unmask_step(
-        logits_[:1].expand(7, 3, 2749), tokens, num_unmask=1, mask_id=MASK, eligible=eligible
+        logits_[:1].expand(n, length, 2749), tokens, num_unmask=1, mask_id=MASK, eligible=eligible
     )
     assert expanded.committed.sum() == ((tokens == MASK) & eligible).any(-1).sum()
 
 
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_in_place_writes_tokens_and_only_tokens(backend: str, contiguous: bool) -> None:
-    logits, tokens, eligible = example(2, 3, 40) if is_slow(backend) else example(3, 6, 40)
+    logits, tokens, eligible = example(1, 3, 40) if is_slow(backend) else example(3, 6, 40)
     tokens = tokens if contiguous else tokens.repeat(2, 2)[::2, ::2]
     before = logits.clone()
     rule = {"mask_id": MASK, "num_unmask": 2, "eligible": eligible, "temperature": 1.1, "seed": 4}
@@ -336,15 +341,15 @@ def test_rows_that_take_no_part_are_not_read() -> None:
 
 
 def test_compiles_and_passes_opcheck(backend: str) -> None:
-    rows, steps_taken = (
-        (1, 2) if is_slow(backend) else (5, 12)
-    )  # 12: more than torch would recompile for
-    logits, tokens, eligible = example(2, rows, 33)
-    tokens[0], counts, ids = MASK, torch.tensor([1, 2]), torch.tensor([4, 9])
+    # 12 steps: more than torch would recompile for
+    batch, length, last = (1, 1, 1) if is_slow(backend) else (2, 5, 12)
+    logits, tokens, eligible = example(batch, length, 33)
+    tokens[0], counts, ids = MASK, torch.tensor([1, 2])[:batch], torch.tensor([4, 9])[:batch]
     values = (MASK, 0, 0.8, "prob", 0.9, "icdf", 7, 2)
     for op in (torch.ops.igpo.unmask_step.default, torch.ops.igpo.unmask_step_.default):
         torch.library.opcheck(op, (logits, tokens, eligible, counts, ids, ids, *values))
-        torch.library.opcheck(op, (logits, tokens, None, None, None, None, *values))
+        if not is_slow(backend):
+            torch.library.opcheck(op, (logits, tokens, None, None, None, None, *values))
 
     def steps(logits: torch.Tensor, tokens: torch.Tensor, step: int) -> torch.Tensor:
         rule = {"mask_id": MASK, "num_unmask": 1, "temperature": 0.8, "suppress_tokens": (1, 2)}
@@ -354,7 +359,7 @@ def test_compiles_and_passes_opcheck(backend: str) -> None:
         return canvas + second.committed + first.logprob
 
     compiled = torch.compile(steps, fullgraph=True, backend="aot_eager")
-    for step in range(steps_taken):
+    for step in range(last):
         assert torch.equal(compiled(logits, tokens, step), steps(logits, tokens, step))
 
 

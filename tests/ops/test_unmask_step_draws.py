@@ -18,7 +18,7 @@ def test_frequencies_match_the_softmax(
     backend: str, sampler: str, temperature: float, vocab: int
 ) -> None:
     row = torch.randn(vocab) * 2
-    positions = {"cuda": 150, "triton": 5}[backend] if is_slow(backend) else 8_000
+    positions = {"cuda": 150, "triton": 2}[backend] if is_slow(backend) else 8_000
     logits = row.expand(2, positions, vocab)
     rule = {"sampler": sampler, "temperature": temperature, "seed": 5}
     drawn = draw(logits, **rule)
@@ -60,17 +60,17 @@ def test_uniform_resolves_more_than_32_bits(backend: str) -> None:
 
     The upper 32 bits of that uniform alone would put it outside this interval.
     """
-    words = _philox.philox(_philox.key(0, 0, 1), torch.arange(1 << 18), 0, torch.tensor(0))
+    ids = torch.arange(1 << 18)
+    words = _philox.philox(_philox.key(0, 0, _philox.STREAM_TOKEN), torch.zeros_like(ids), 0, ids)
     uniforms = _philox.uniform53(words[0], words[1])
     best = int(uniforms.argmin())
     u = float(uniforms[best])
     assert u < 2.0**-15
-    assert abs(float(_philox.uniform(words[0][best])) / u - 1) > 1e-5
-    logits, eligible = torch.zeros(1, best + 1, 2), torch.zeros(1, best + 1, dtype=torch.bool)
-    eligible[0, best] = True
+    assert abs(float(_philox.uniform(words[0][best])) / u - 1) > 5e-6
+    logits = torch.zeros(1, 1, 2)
     for error, token in ((-3e-6, 1), (3e-6, 0)):
-        logits[0, best, 0] = math.log(u) - math.log1p(-u) + error
-        assert draw(logits, eligible=eligible)[0, best] == token
+        logits[0, 0, 0] = math.log(u) - math.log1p(-u) + error
+        assert draw(logits, row_ids=ids[best : best + 1]) == token
 
 
 def test_noise_resolves_more_than_32_bits() -> None:
@@ -185,9 +185,9 @@ def test_exact_log_is_a_logarithm() -> None:
 @pytest.mark.parametrize("sampler", ["icdf", "gumbel"])
 @pytest.mark.parametrize("confidence", ["prob", "random"])
 def test_a_row_draws_the_same_in_any_batch(backend: str, sampler: str, confidence: str) -> None:
-    logits, tokens = torch.randn(4, 3, 4200), torch.where(torch.rand(4, 3) < 0.8, MASK, 1)
-    if is_slow(backend):
-        tokens = torch.where(torch.arange(12).view(4, 3) % 5 == 1, MASK, 1)
+    length = 1 if is_slow(backend) else 3
+    logits, tokens = torch.randn(4, length, 4200), torch.full((4, length), MASK)
+    tokens[2] = tokens[:, 1:2] = 1
     ids = torch.tensor([7, 2**35, -3, 0])
     rule = {"mask_id": MASK, "num_unmask": 2, "temperature": 0.9, "confidence": confidence}
     rule |= {"sampler": sampler, "seed": 3, "step": 8}
@@ -209,7 +209,7 @@ def test_a_row_draws_the_same_in_any_batch(backend: str, sampler: str, confidenc
 
 @pytest.mark.parametrize("sampler", ["icdf", "gumbel"])
 def test_draws_depend_on_seed_step_row_and_position(backend: str, sampler: str) -> None:
-    length = 2 if is_slow(backend) else 30
+    length = 1 if is_slow(backend) and backend == "triton" else 30
     logits = torch.zeros(2, length, 1000)
     base = {"sampler": sampler, "seed": 1, "step": 1, "row_ids": torch.tensor([3, 4])}
     tokens = draw(logits, **base)
