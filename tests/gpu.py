@@ -18,6 +18,11 @@ from igpo.ops import OPS, _native, use_backend
 DEVICE = torch.device(os.environ.get("IGPO_TEST_DEVICE", "cpu"))
 
 
+def is_slow(backend: str) -> bool:
+    """Whether the backend is interpreted or emulated here: tests then take few and short rows."""
+    return backend in ("triton", "cuda") and DEVICE.type == "cpu"
+
+
 @contextmanager
 def on_backend(name: str, about: str) -> Iterator[None]:
     """Forces backend `name`; `about`: the op, or a longer name that begins with it. Skips where it cannot run."""
