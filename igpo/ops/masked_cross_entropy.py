@@ -225,7 +225,6 @@ def setup_context(ctx, inputs, output) -> None:
     # owned by the first backward pass, which writes over it; a traced one (its tensors are of other types) must not
     ctx.grad = grad if with_gradient and type(grad) is Tensor else None
     ctx.mark_non_differentiable(row_max, log_sum, grad)
-    ctx.set_materialize_grads(False)
 
 
 def backward(ctx, grad_loss: Tensor, *_: Tensor):

@@ -12,7 +12,7 @@ from . import row_stats
 from .common import on
 from .row_stats import LOG2E, ROWS, UNSPECIALIZED, Tiles
 
-SUM_BLOCK = 4096  # losses that sum_kernel adds at a time (chosen)
+SUM_BLOCK = 1024  # losses that sum_kernel adds at a time (chosen)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

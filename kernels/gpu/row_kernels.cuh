@@ -156,8 +156,31 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const T* logits, RowSe
   op.finish(row, combined(parts + row * kSlices, kSlices, op.scale2), chosen);
 }
 
-// The gradient from statistics in memory: kPacks packs a thread in flight, a block or (short rows) a warp for each chunk.
+// The gradient from statistics in memory: a block or (short rows) a warp for each chunk of kPacks packs a thread, which are
+// all asked for before the first is used. kWhole: no pack is cut short or narrow.
 constexpr int kPacks = 4;
+
+template <bool kWhole, class T, class TO, class Op, int kGroup>
+IGPO_DEVICE void write_chunk(const Part<T, kGroup>& part, const Op& op, const RowSet& set, int64_t row, int64_t first,
+                             TO* to, bool to_aligned) {
+  Pack<T> p[kPacks];
+#pragma unroll
+  for (int k = 0; k < kPacks; ++k) {
+    const int i = k * kGroup + part.thread();
+    if (kWhole) p[k] = load_streaming(reinterpret_cast<const Pack<T>*>(part.x) + i);
+    else if (i < part.packs()) p[k] = part.read(i);
+  }
+  const int64_t target = set.targets[row];
+  const RowGradient g = op.gradient(row, target, set.vocab, op.log_sum(row));
+  const float shift = shift_of(op.max(row));
+#pragma unroll
+  for (int k = 0; k < kPacks; ++k) {
+    const int i = k * kGroup + part.thread();
+    if (kWhole || i < part.packs())
+      write_gradient<Op::kDot>(p[k], to, kWhole ? kGroup * kPacks * Pack<T>::size : part.count, kWhole || to_aligned, i,
+                               target - first, shift, op.scale2, g);
+  }
+}
 
 template <class T, class TO, class Op, int kGroup>
 __global__ void __launch_bounds__(kThreads)
@@ -176,21 +199,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = part.thread(); i < part.packs(); i += kGroup) write<T>(to, count, to_aligned, i, [](int) { return 0.0f; });
     return;
   }
-  Pack<T> p[kPacks];
-#pragma unroll
-  for (int k = 0; k < kPacks; ++k) {
-    const int i = k * kGroup + part.thread();
-    if (i < part.packs()) p[k] = part.read(i);
-  }
-  const int64_t target = set.targets[row];
-  const RowGradient g = op.gradient(row, target, set.vocab, op.log_sum(row));
-  const float shift = shift_of(op.max(row));
-#pragma unroll
-  for (int k = 0; k < kPacks; ++k) {
-    const int i = k * kGroup + part.thread();
-    if (i < part.packs())
-      write_gradient<Op::kDot>(p[k], to, count, to_aligned, i, target - first, shift, op.scale2, g);
-  }
+  if (part.aligned && to_aligned && count == kChunk) write_chunk<true>(part, op, set, row, first, to, to_aligned);
+  else write_chunk<false>(part, op, set, row, first, to, to_aligned);
 }
 
 // ---- launches --------------------------------------------------------------------------------------------------------
@@ -235,7 +245,7 @@ void launch_rows(const char* name, const T* logits, const RowSet& set, const Op&
   }
   const bool clusters = capability(device) >= 90;
   const size_t bytes = (static_cast<size_t>(c.length) * sizeof(T) + 15) / 16 * 16;
-  const bool staged = bytes <= size_t{clusters ? 200 : 96} << 10;  // what every such device lets a block have
+  const bool staged = bytes <= static_cast<size_t>(clusters ? 200 : 96) << 10;  // what every such device lets a block have
   const size_t shared = kSharedHead + (staged ? bytes : 0);
   const Shape shape{dim3(blocks(name, set.rows * c.slices, 1)), kThreads, shared, c.slices};
   if (c.slices == 1 || clusters)

@@ -12,6 +12,8 @@
 // at once (asynchronous copies), and the maximum is taken while it arrives.
 #pragma once
 
+#include <type_traits>
+
 #include "common.cuh"
 
 namespace igpo::cuda {
@@ -68,6 +70,39 @@ IGPO_DEVICE void wait_for_copies() {
 #endif
 }
 
+// The larger of two packed 16-bit elements each, the other one where one is NaN.
+template <class T>
+IGPO_DEVICE uint32_t larger_pair(uint32_t a, uint32_t b) {
+#if defined(IGPO_EMULATE)
+  T x[2], y[2];
+  std::memcpy(x, &a, 4);
+  std::memcpy(y, &b, 4);
+  for (int k = 0; k < 2; ++k) x[k] = from_float<T>(fmaxf(to_float(x[k]), to_float(y[k])));
+  std::memcpy(&a, x, 4);
+  return a;
+#else
+  uint32_t out;
+  if constexpr (std::is_same_v<T, Bf16>) asm("max.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+  else asm("max.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+  return out;
+#endif
+}
+
+// The largest of `top` and a pack; NaN is passed over: the sums will not pass over it.
+template <class T>
+IGPO_DEVICE float larger(const Pack<T>& p, float top) {
+  if constexpr (sizeof(T) == 2) {
+    uint32_t words[4];
+    __builtin_memcpy(words, &p, 16);
+    const uint32_t pair = larger_pair<T>(larger_pair<T>(words[0], words[1]), larger_pair<T>(words[2], words[3]));
+    T two[2];
+    __builtin_memcpy(two, &pair, 4);
+    return fmaxf(top, fmaxf(to_float(two[0]), to_float(two[1])));
+  } else {
+    return fmaxf(fmaxf(top, fmaxf(p.at[0], p.at[1])), fmaxf(p.at[2], p.at[3]));
+  }
+}
+
 // Elements [0, count) at x, in packs; pack i belongs to thread i % kGroup. Beyond the end lies -inf.
 template <class T, int kGroup>
 struct Part {
@@ -122,18 +157,13 @@ struct Part {
     wait_for_copies<kStages - 1 - kStage>();
     const int per_stage = packs_per_stage();
     for (int k = 0, i = thread() + kStage * per_stage * kGroup; k < per_stage && i < packs(); ++k, i += kGroup)
-      top = pack_top(get(i), top);
+      top = larger(get(i), top);
     return top;
   }
-  // This thread's maximum; NaN is passed over: the sums will not pass over it.
+  // This thread's maximum.
   IGPO_DEVICE float top() const {
     static_assert(kStages == 4, "one line a stage");
     return top_of_stage<3>(top_of_stage<2>(top_of_stage<1>(top_of_stage<0>(-kInf))));
-  }
-  static IGPO_DEVICE float pack_top(const P& p, float top) {
-#pragma unroll
-    for (int j = 0; j < P::size; ++j) top = fmaxf(top, to_float(p.at[j]));
-    return top;
   }
 };
 

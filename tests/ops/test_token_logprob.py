@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import math
 
+import gpu_rows
 import pytest
 import torch
+from gpu import on_backend
+from gpu_rows import emulated, launcher, same
 from row_cases import DTYPES, IGNORED, example, gradients, leaf, logprob_formula
 from tolerances import assert_as_good_as_torch
 from torch import Tensor
 
-from igpo.ops import BackendError, token_logprob, use_backend
+from igpo.ops import BackendError, _rows, token_logprob, use_backend
 
 # row shapes and vocabularies: none, one, primes, around vectors (16, 32, 64), tiles (2048) and slices (16384)
 SHAPES = [(0, 5), (1, 1), (7, 1), (3, 5, 2), (13, 31), (0, 3, 9), (5, 67), (3, 2049), (2, 16385)]
@@ -37,14 +40,6 @@ def assert_good(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> No
     for name, a, b, c in zip(("logprob", "entropy", "gradient"), ours, torchs, exact, strict=True):
         assert a.dtype == b.dtype
         assert_as_good_as_torch(a, b, c, name)
-
-
-def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
-    """Bit for bit, NaN equal to NaN."""
-    return all(
-        x.dtype == y.dtype and torch.equal(x.nan_to_num(12345.0), y.nan_to_num(12345.0))
-        for x, y in zip(a, b, strict=True)
-    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -211,6 +206,143 @@ def test_threads_do_not_change_a_bit(isa: str, threads: int, rows: int, vocab: i
     with torch.no_grad():
         alone = token_logprob(logits[-1], targets[-1])
     assert same(tuple(x[-1] for x in together[:2]), alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [700, 2049, 17001])
+def test_rows_do_not_depend_on_their_batch(
+    gpu_backend: str, dtype: torch.dtype, vocab: int
+) -> None:
+    gpu_rows.assert_rows_do_not_depend_on_their_batch(row_run, *example(3, vocab, dtype=dtype))
+
+
+def row_run(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """As run, with an upstream gradient that does not depend on the number of rows."""
+    x = leaf(logits)
+    outputs = token_logprob(x, targets, temperature=0.8)
+    upstream = [torch.full_like(o, 1.5) for o in outputs]
+    return *(o.detach() for o in outputs), *torch.autograd.grad(outputs, [x], upstream)
+
+
+@pytest.mark.parametrize(("dtype", "vocab"), list(zip(DTYPES, (17001, 16392, 1033), strict=True)))
+def test_cuda_is_the_same_everywhere(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, vocab: int
+) -> None:
+    with on_backend("cuda", "token_logprob"):
+        gpu_rows.assert_cuda_is_the_same_everywhere(row_run, monkeypatch, vocab, dtype)
+
+
+@pytest.mark.parametrize("vocab", [1024, 20480])
+def test_skipped_rows_are_not_read(backend: str, vocab: int) -> None:
+    if not emulated(backend) and backend != "cpu":
+        pytest.skip("the reference reads all rows; a GPU does not tell")
+    targets = torch.tensor([3, IGNORED, 5])
+    with gpu_rows.unreadable_row(3, vocab, 1) as logits:
+        logprob, entropy, grad = run(logits, targets)
+    assert (logprob[1], entropy[1]) == (0.0, 0.0)
+    assert not grad[1].any()
+    assert grad[0].any()
+
+
+def backward_arguments(logits: Tensor, targets: Tensor, backend: str) -> tuple:
+    logprob, *stats = launcher("token_logprob", backend, "forward")(logits, targets, 0.7, IGNORED)
+    ones = torch.ones_like(logprob)
+    return ones, ones * 0.3, logits, targets, *stats, 0.7, IGNORED
+
+
+@pytest.mark.parametrize(("dtype", "vocab"), list(zip(DTYPES, (16401, 67, 1100), strict=True)))
+def test_gradient_goes_where_it_is_told(gpu_backend: str, dtype: torch.dtype, vocab: int) -> None:
+    """Into rows of another stride, with nothing written between them, and over the logits."""
+    logits, targets = example(3, vocab, dtype=dtype)
+    backward = launcher("token_logprob", gpu_backend, "backward")
+    args = backward_arguments(logits, targets, gpu_backend)
+    expected = backward(*args)
+    wide = torch.full((3, vocab + 6), 7.0, dtype=dtype)
+    assert backward(*args, wide[:, 3 : 3 + vocab]).data_ptr() == wide[:, 3:].data_ptr()
+    assert torch.equal(wide[:, 3 : 3 + vocab], expected)
+    assert (wide[:, :3] == 7).all()
+    assert (wide[:, 3 + vocab :] == 7).all()
+    assert torch.equal(backward(*args, logits), expected)
+    assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradient_of_float32_logits_in_16_bits(gpu_backend: str, dtype: torch.dtype) -> None:
+    logits, targets = example(3, 1100)
+    backward = launcher("token_logprob", gpu_backend, "backward")
+    args = backward_arguments(logits, targets, gpu_backend)
+    out = torch.full((3, 1100), torch.nan, dtype=dtype)
+    # Triton's interpreter cuts bfloat16 off where a GPU rounds
+    error = (backward(*args, out).double() / backward(*args).double() - 1).abs().nan_to_num(0.0)
+    interpreted = gpu_backend == "triton" and emulated(gpu_backend)
+    normal = backward(*args).abs() >= torch.finfo(dtype).tiny
+    assert error[normal].max() <= torch.finfo(dtype).eps * (1 if interpreted else 0.5)
+
+
+def test_gradient_is_refused_a_wrong_place(gpu_backend: str) -> None:
+    logits, targets = example(3, 8, dtype=torch.bfloat16)
+    backward = launcher("token_logprob", gpu_backend, "backward")
+    args = backward_arguments(logits, targets, gpu_backend)
+    with pytest.raises(ValueError, match=r"token_logprob: out must be bfloat16, got .*float32"):
+        backward(*args, torch.empty(3, 8))
+    with pytest.raises(ValueError, match=r"out must have shape \(3, 8\), got shape \(8, 3\)"):
+        backward(*args, torch.empty(8, 3, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="out must have a contiguous last dimension"):
+        backward(*args, torch.empty(8, 3, dtype=torch.bfloat16).t())
+
+
+def test_a_target_that_is_no_token_gives_nan(gpu_backend: str) -> None:
+    """The op cannot look for one on a GPU; nothing outside the row is read."""
+    logits = torch.randn(2, 40)
+    args = backward_arguments(logits, torch.tensor([40, -1]), gpu_backend)
+    grad = launcher("token_logprob", gpu_backend, "backward")(*args)
+    forward = launcher("token_logprob", gpu_backend, "forward")
+    assert forward(logits, torch.tensor([40, -1]), 0.7, IGNORED)[0].isnan().all()
+    assert grad.isnan().all()
+
+
+def test_layout_is_where_the_rows_are() -> None:
+    x = torch.empty(4, 3, 5, 6, 7)
+    views = [
+        x, x[0, 0, 0, 0], x[:, 0], x[::2, :, ::2], x[:, :, :, 0], x[:, :1], x.transpose(0, 1),
+        x[:, :, 0].transpose(0, 1), x[:1, :1].expand(2, 3, 5, 6, 7), x[0, 0, 0, :1].expand(9, 7),
+        x.permute(2, 0, 1, 3, 4), x[:0], x[..., :1],
+    ]  # fmt: skip
+    found = [_rows.layout(view) for view in views]
+    for view, where in zip(views, found, strict=True):  # None: three strides or more
+        if where is not None:
+            inner, outer_stride, inner_stride = where
+            rows = torch.arange(view.shape[:-1].numel())
+            begin = rows // inner * outer_stride + rows % inner * inner_stride
+            assert torch.equal(begin, _rows.offsets(view))
+    assert found[:2] == [(360, 0, 7), (1, 0, 0)]
+    assert _rows.laid_out(views[found.index(None)])[0].is_contiguous()
+
+
+def test_three_strides(gpu_backend: str) -> None:
+    logits, targets = example(2, 3, 4, 9)
+    view, chosen = logits.transpose(0, 2)[:, ::2], targets.transpose(0, 2)[:, ::2]
+    assert same(run(view, chosen), run(view.contiguous(), chosen.contiguous()))
+
+
+@pytest.mark.gpu
+def test_more_than_31_bits_of_elements(gpu_backend: str) -> None:
+    gpu_rows.assert_more_than_31_bits_of_elements(row_run)
+
+
+@pytest.mark.gpu
+def test_graph(gpu_backend: str) -> None:
+    gpu_rows.assert_runs_in_a_graph(row_run)
+
+
+@pytest.mark.gpu
+def test_another_stream(gpu_backend: str) -> None:
+    gpu_rows.assert_runs_on_another_stream(row_run)
+
+
+@pytest.mark.gpu
+def test_a_device_that_is_not_current(gpu_backend: str) -> None:
+    gpu_rows.assert_runs_on_a_device_that_is_not_current(row_run)
 
 
 def test_gradcheck() -> None:
