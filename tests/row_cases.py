@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from gpu import is_slow
 from torch import Tensor
 
 IGNORED = -100
@@ -47,7 +48,7 @@ def loss_formula(logits: Tensor, targets: Tensor, weights: Tensor | None, reduct
 def gradients(outputs: tuple[Tensor, ...], leaves: list[Tensor], seed: int = 7) -> list[Tensor]:
     """Of the leaves, for the same random upstream gradients whatever dtype the outputs have."""
     generator = torch.Generator().manual_seed(seed)
-    upstream = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in outputs]
+    upstream = [torch.randn(x.shape, generator=generator, device="cpu").to(x) for x in outputs]
     return list(torch.autograd.grad(outputs, leaves, upstream))
 
 
@@ -56,8 +57,21 @@ def leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
 
 
+def memory_sizes(backend: str) -> tuple[int, int, int | None]:
+    """(rows, vocabulary, chunk_rows) whose chunk is at most a tenth of the rows, for the linear ops' peak memory."""
+    if is_slow(backend):
+        return 48, 4001, 2
+    return 1024, 20011, 51 if backend in ("triton", "cuda") else None
+
+
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Most memory the call held at once beyond what was allocated before it."""
+    """Most memory the call held at once beyond what was allocated before it, on the default device."""
+    if torch.get_default_device().type == "cuda":
+        run()  # cuBLAS keeps a workspace
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profiler:

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from row_cases import DTYPES, IGNORED, gradients, leaf, loss_formula, peak_bytes
+from gpu import is_slow
+from row_cases import DTYPES, IGNORED, gradients, leaf, loss_formula, memory_sizes, peak_bytes
 from tolerances import assert_as_good_as_torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -22,6 +23,12 @@ SHAPES = [
     ((131,), 17, 257),
     ((), 8, 9),
 ]
+
+
+def quick(shape: tuple, backend: str) -> tuple:
+    """shape, with fewer rows where each takes milliseconds."""
+    rows, width, vocab = shape
+    return (tuple(min(n, 29) for n in rows) if is_slow(backend) else rows), width, vocab
 
 
 def example(rows: tuple[int, ...], width: int, vocab: int, dtype=torch.float32) -> Inputs:
@@ -77,7 +84,7 @@ def assert_good(inputs: Inputs, reduction: str = "sum", **options) -> None:
 def test_matches_float64(
     backend: str, dtype: torch.dtype, shape: tuple, reduction: str, ran
 ) -> None:
-    assert_good(example(*shape, dtype=dtype), reduction)
+    assert_good(example(*quick(shape, backend), dtype=dtype), reduction)
     assert (
         ran("linear_logprob" if reduction == "none" else "linear_masked_cross_entropy") == backend
     )
@@ -90,7 +97,7 @@ def test_every_instruction_set(isa: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("chunk_rows", [1, 7, 64, 1000])
 def test_any_chunk(backend: str, chunk_rows: int) -> None:
-    assert_good(example((67,), 12, 101), "mean", chunk_rows=chunk_rows)
+    assert_good(example(*quick(((67,), 12, 101), backend)), "mean", chunk_rows=chunk_rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -196,7 +203,7 @@ def test_only_the_gradients_needed(backend: str, needs: tuple[int, int, int]) ->
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_left_in_change_nothing(backend: str, dtype: torch.dtype) -> None:
     """The form for CUDA graphs computes the rows that do not count and drops them."""
-    hidden, weight, bias, targets, weights = example((67,), 8, 101, dtype=dtype)
+    hidden, weight, bias, targets, weights = example(*quick(((67,), 8, 101), backend), dtype=dtype)
     skip = (targets == IGNORED) | (weights == 0)
     hidden[skip], weights[targets == IGNORED] = torch.nan, torch.inf
     found = []
@@ -259,15 +266,21 @@ def test_small_gradients_survive_float16(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peak_memory(backend: str, dtype: torch.dtype) -> None:
-    """A frozen head: an eighth of the float32 logits (the reference makes temporaries of a chunk), no weight gradient;
+    """A frozen head: an eighth of the float32 logits (the reference makes temporaries of a chunk, Triton's
+    interpreter copies of its arguments), no weight gradient;
     without gradients no more than that either."""
-    rows, width, vocab = 1024, 16, 20011
+    width, (rows, vocab, chunk_rows) = 16, memory_sizes(backend)
     hidden, weight, _, _, _ = example((rows,), width, vocab, dtype=dtype)
     targets, x = torch.randint(0, vocab, (rows,)), leaf(hidden)
-    eighth = rows * vocab * 4 / 8 * (6 if backend == "reference" else 1)
-    assert peak_bytes(lambda: linear_masked_cross_entropy(x, weight, targets).backward()) <= eighth
+    eighth = rows * vocab * 4 / 8
+    eighth *= 6 if backend == "reference" else 2 if backend == "triton" else 1
+
+    def loss(w: Tensor) -> Tensor:
+        return linear_masked_cross_entropy(x, w, targets, chunk_rows=chunk_rows)
+
+    assert peak_bytes(lambda: loss(weight).backward()) <= eighth
     with torch.no_grad():
-        assert peak_bytes(lambda: linear_masked_cross_entropy(x, leaf(weight), targets)) <= eighth
+        assert peak_bytes(lambda: loss(leaf(weight))) <= eighth
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -313,13 +326,14 @@ def test_compiles(backend: str, reduction: str) -> None:
     a, b = [leaf(hidden), leaf(weight)], [leaf(hidden), leaf(weight)]
     torch.compile(loss, fullgraph=True, backend="aot_eager")(*a).backward()
     loss(*b).backward()
-    assert all(torch.equal(x.grad, y.grad) for x, y in zip(a, b, strict=True))
+    for x, y in zip(a, b, strict=True):  # on a GPU compiled code computes all rows
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-5)
 
 
 def test_autocast_does_not_narrow(backend: str) -> None:
     inputs = example((5,), 64, 33)
     plain = run(inputs)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(inputs[0].device.type, torch.bfloat16):
         under = run(inputs)
     assert all(torch.equal(a, b) for a, b in zip(plain, under, strict=True))
 

@@ -1,5 +1,7 @@
-"""Products of 16-bit factors with float32 results: what the linear ops and the head do where mm writes float32 (CUDA),
-here with an mm that does so on the CPU."""
+"""The chunks and products of the linear ops' GPU rows, and of the head.
+
+mm and addmm write float32 results of 16-bit factors on CUDA alone; here the CPU gets overloads that do so too.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from row_cases import gradients, leaf
+from gpu import on_backend
+from row_cases import IGNORED, gradients, leaf
 from torch import Tensor
 
-from igpo.ops import _linear, _products
+from igpo.ops import _linear, _products, linear_logprob, linear_masked_cross_entropy, use_backend
 from igpo.ops._head import head_logits
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -39,7 +42,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     library.impl("mm.dtype", mm, "CPU")
     library.impl("mm.dtype_out", mm_out, "CPU")
     library.impl("addmm.dtype_out", addmm_out, "CPU")
-    monkeypatch.setattr(_products, "WIDE_RESULTS", ["cpu"])
+    monkeypatch.setattr(_products, "WIDE_RESULTS", ["cuda", "cpu"])
     yield found
     library._destroy()
 
@@ -115,3 +118,95 @@ def test_head_logits_without_a_widened_weight(calls: list[str], dtype: torch.dty
     torch.testing.assert_close(alone.float(), exact[1].sum(0).expand(2, 3, 8), rtol=1e-2, atol=1e-2)
     with torch.no_grad():
         assert torch.equal(head_logits(hidden, weight, bias), logits)
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def forced(request: pytest.FixtureRequest) -> Iterator[str]:
+    with on_backend(request.param, "linear_logprob"):
+        yield request.param
+
+
+@pytest.fixture
+def small_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for 4 rows of logits and 8 of their 16-bit gradient at V = 61."""
+    monkeypatch.setattr(_linear, "TILE_ROWS", 4)
+    monkeypatch.setattr(_linear, "WORKSPACE_BYTES", 61 * 32)
+
+
+def example(dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """17 rows that count: 5 chunks of 4, 4, 4, 4 and 1 rows."""
+    tensors = [leaf(torch.randn(n, 6).to(dtype)) for n in (20, 61)]
+    targets = torch.randint(0, 61, (20,))
+    targets[[1, 5, 19]] = IGNORED
+    return [*tensors, leaf(torch.randn(61).to(dtype))], targets
+
+
+def losses(leaves: list[Tensor], targets: Tensor) -> tuple[Tensor, ...]:
+    hidden, weight, bias = leaves
+    logprob, entropy = linear_logprob(hidden, weight, targets, bias=bias)
+    loss = linear_masked_cross_entropy(hidden, weight, targets, bias=bias, reduction="mean")
+    return logprob, entropy, loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("direct", [False, True])
+def test_groups_of_chunks(
+    forced: str, small_workspace, dtype: torch.dtype, direct: bool, request, monkeypatch
+) -> None:
+    """The weight gradient is read and written once per two chunks of a 16-bit head, and is right."""
+    leaves, targets = example(dtype)
+    on_cpu = leaves[0].is_cpu
+    calls = request.getfixturevalue("calls") if direct else []
+    groups = []
+    add = _products.Products.add_weight_gradient
+
+    def counting(self, total, grad, hidden, *, first):
+        groups.append((len(hidden), first))
+        add(self, total, grad, hidden, first=first)
+
+    monkeypatch.setattr(_products.Products, "add_weight_gradient", counting)
+    outputs = losses(leaves, targets)
+    found = gradients(outputs, leaves)
+    sizes = [4, 4, 4, 4, 1] if dtype == torch.float32 else [8, 8, 1]
+    expected = [(size, i == 0) for i, size in enumerate(sizes)]
+    assert groups == expected * 2
+    assert bool(calls) == (on_cpu and direct and dtype != torch.float32)
+    exact = [leaf(x.detach().double()) for x in leaves]
+    with use_backend("reference"):
+        truth = losses(exact, targets)
+        wanted = gradients(truth, exact)
+    for a, b in zip((*outputs, *found), (*truth, *wanted), strict=True):
+        tolerance = 2e-5 if a.dtype == torch.float32 else 2 * torch.finfo(a.dtype).eps
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+
+
+def test_chunk_rows_bounds_the_gradient_too(forced: str, small_workspace) -> None:
+    """A chunk_rows that was asked for is the number of rows of the gradient as well."""
+    (hidden, weight, _), targets = example(torch.bfloat16)
+    head = _linear.Head(
+        _linear.CUDA, hidden, weight, None, targets, targets != IGNORED, IGNORED, 3, compact=True
+    )
+    assert (head.chunk_rows, head.gradient_chunks, head.count) == (3, 1, 17)
+    head = _linear.Head(
+        _linear.CUDA, hidden, weight, None, targets, targets != IGNORED, IGNORED, 0, compact=False
+    )
+    assert (head.chunk_rows, head.gradient_chunks, head.count) == (4, 2, 20)
+
+
+def test_order_of_threads_and_no_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vocabulary that is cut into parts, with and without clusters, threads run backwards: the same bits."""
+    hidden, weight = torch.randn(2, 4).bfloat16(), torch.randn(16411, 4).bfloat16()
+    targets = torch.tensor([16410, 7])
+
+    def run() -> list[Tensor]:
+        leaves = [leaf(hidden), leaf(weight)]
+        outputs = (
+            *linear_logprob(*leaves, targets), linear_masked_cross_entropy(*leaves, targets)
+        )  # fmt: skip
+        return [x.detach() for x in outputs] + gradients(outputs, leaves)
+
+    with on_backend("cuda", "linear_logprob"):
+        plain = run()
+        monkeypatch.setenv("IGPO_EMULATE_ORDER", "reverse")
+        monkeypatch.setenv("IGPO_EMULATE_CAPABILITY", "80")
+        assert all(torch.equal(a, b) for a, b in zip(plain, run(), strict=True))
