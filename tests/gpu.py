@@ -66,8 +66,3 @@ def emulated() -> ModuleType:
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
     return build.load()
-
-
-def is_slow(backend: str) -> bool:
-    """Whether the backend runs on an interpreter or emulator here: tests then take fewer rows."""
-    return backend in ("triton", "cuda") and DEVICE.type == "cpu"
