@@ -20,7 +20,7 @@ from .unmask_commit import commit_kernel, list_kernel, takes_part
 SLICE = 4096  # one tile of registers; 31 slices at V = 126464 (chosen)
 SCAN = {
     "num_warps": 8,
-    **({"maxnreg": 64} if torch.version.cuda else {}),
+    **({"maxnreg": 80} if torch.version.cuda else {}),
 }  # else the compiler takes twice the registers
 SCAN_NOISY = {"num_warps": 8, "enable_fp_fusion": False}  # the noise must not be rounded less often
 GROUP = tl.constexpr(64)  # tokens
@@ -31,7 +31,7 @@ FIELDS = 10
 PROB, MARGIN, ENTROPY, RANDOM = (tl.constexpr(i) for i in range(4))
 CONFIDENCES = ("prob", "margin", "entropy", "random")
 DIRECT_ROWS = 512  # beyond it programs take rows from a list (chosen)
-RESIDENT = 4  # programs of a multiprocessor then: eight warps of 64 registers
+RESIDENT = 3  # programs of a multiprocessor then: eight warps of 80 registers
 LN2 = 0.69314718055994530942
 UNSPECIALIZED = ("rows", "num_suppress", "exponent", "inverse_bits", "temperature_bits")
 KEYS = ("token_low", "token_high", "score_low", "score_high", "gumbel_low", "gumbel_high")

@@ -21,7 +21,7 @@ def scan(dtype: str, both: bool, noise: bool, listed: bool) -> Case:
         {**SLICES, "LISTED": listed, "BOTH": both, "GUMBEL": noise},
         divisible=DIVISIBLE,
         wide=("LDG.E.EF.128",),
-        options={"num_warps": 8, **({"enable_fp_fusion": False} if noise else {"maxnreg": 64})},
+        options={"num_warps": 8, **({"enable_fp_fusion": False} if noise else {"maxnreg": 80})},
     )  # fmt: skip
 
 
