@@ -99,14 +99,14 @@ def cuda_forward(
 ) -> Results:
     logits, where = _rows.laid_out(logits)
     targets = targets.contiguous()
-    stats = _rows.per_row(logits, 3)
+    row_loss, row_max, log_sum = stats = _rows.per_row(logits, 3)
     _native.cuda(
         "masked_cross_entropy", logits.device, logits, *where, targets, _rows.contiguous(weights), *stats,
         _rows.parts(logits), targets.numel(), logits.shape[-1], ignore_index,
         _native.DTYPE_TAG[logits.dtype],
     )  # fmt: skip
     divisor = _rows.device_divisor(targets, ignore_index, reduction)
-    return _cuda_reduced(stats[0], divisor, reduction), *stats[1:]
+    return _cuda_reduced(row_loss, divisor, reduction), row_max, log_sum
 
 
 def cuda_forward_with_gradient(
@@ -118,14 +118,14 @@ def cuda_forward_with_gradient(
     grad, grad_where = _rows.gradient_like("masked_cross_entropy", logits, out)
     logits, where = _rows.laid_out(logits)
     targets = targets.contiguous()
-    stats = _rows.per_row(logits, 3)
+    row_loss, row_max, log_sum = stats = _rows.per_row(logits, 3)
     _native.cuda(
         "masked_cross_entropy_with_gradient", logits.device, logits, *where, targets,
         _rows.contiguous(weights), divisor, *stats, _rows.parts(logits), grad, *grad_where,
         targets.numel(), logits.shape[-1], ignore_index, _native.DTYPE_TAG[logits.dtype],
         _native.DTYPE_TAG[grad.dtype],
     )  # fmt: skip
-    return *stats, grad
+    return row_loss, row_max, log_sum, grad
 
 
 def cuda_backward(
@@ -165,8 +165,10 @@ def _cuda_op_with_gradient(
     logits: Tensor, targets: Tensor, weights: Tensor | None, ignore_index: int, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     divisor = _rows.device_divisor(targets, ignore_index, reduction)
-    losses, *rest = cuda_forward_with_gradient(logits, targets, weights, ignore_index, divisor)
-    return _cuda_reduced(losses, divisor, reduction), *rest
+    losses, row_max, log_sum, grad = cuda_forward_with_gradient(
+        logits, targets, weights, ignore_index, divisor
+    )
+    return _cuda_reduced(losses, divisor, reduction), row_max, log_sum, grad
 
 
 def _cuda_reduced(losses: Tensor, divisor: Tensor | None, reduction: str) -> Tensor:
@@ -225,16 +227,19 @@ def setup_context(ctx, inputs, output) -> None:
     # owned by the first backward pass, which writes over it; a traced one (its tensors are of other types) must not
     ctx.grad = grad if with_gradient and type(grad) is Tensor else None
     ctx.mark_non_differentiable(row_max, log_sum, grad)
+    ctx.set_materialize_grads(False)  # zeros as large as the logits, for the output `grad`
 
 
-def backward(ctx, grad_loss: Tensor, *_: Tensor):
+def backward(ctx, grad_loss: Tensor | None, *_: None):
+    if grad_loss is None:
+        return None, None, None, None, None, None
     ready = None if torch.is_grad_enabled() else ctx.grad
     args = (grad_loss, *ctx.saved_tensors, *ctx.options)
     if ready is None or not _serves("scale", "backward", grad_loss.device, *args):
         return _backward_op(*args), None, None, None, None, None
     ctx.grad = None
-    _, _, targets, weights, _, _, ignore_index, _ = args
-    OP("scale", grad_loss.device, ready, grad_loss, targets, weights, ignore_index)
+    targets, weights = args[2:4]
+    OP("scale", grad_loss.device, ready, grad_loss, targets, weights, ctx.options[0])
     return ready, None, None, None, None, None
 
 
@@ -290,9 +295,11 @@ def masked_cross_entropy(
         inf (and finite gradients), as torch does.
     Raises:
         TypeError, ValueError: shapes, dtypes or devices disagree, weights require grad, or a target is outside the
-        vocabulary (looked for on the CPU only).   BackendError: a forced backend refuses.
-    Accuracy: float32 statistics, the sum over rows in float64; no worse than torch in the input dtype. Deterministic;
-    does not depend on the number of threads.
+        vocabulary (looked for on the CPU only; on a GPU such a row gives NaN).
+        BackendError: a forced backend refuses.
+    Accuracy: float32 statistics, the sum over rows in float64; no worse than torch in the input dtype. The gradient is
+    rounded once, on CUDA twice where the upstream gradient is not 1. Deterministic; does not depend on the number of
+    threads; on a GPU a row's loss and gradient do not depend on the batch.
     Source: the masked-diffusion ELBO, arXiv:2502.09992 (LLaDA), equation 3; torch: cross_entropy(reduction="none").
     """
     op = OP.name

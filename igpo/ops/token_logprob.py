@@ -173,7 +173,8 @@ def token_logprob(
         gradients stay finite. A row with NaN or +inf, or with no finite logit, gives NaN, as torch.log_softmax does.
     Raises:
         TypeError, ValueError: shapes, dtypes or devices disagree, temperature <= 0, or a target outside the vocabulary
-        (looked for on the CPU only: elsewhere the host would have to wait).   BackendError: a forced backend refuses.
+        (looked for on the CPU only: elsewhere the host would have to wait, and such a row gives NaN).   BackendError: a
+        forced backend refuses.
     Accuracy: float32 statistics from one pass, no worse than torch in the input dtype; the gradient has the logits'
     dtype, rounded once. Deterministic; a row's result does not depend on the batch or the number of threads.
     Source: the terms log π(o | …) and H of arXiv:2509.10396, section 3.

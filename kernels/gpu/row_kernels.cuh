@@ -114,11 +114,12 @@ __global__ void __launch_bounds__(kThreads)
   part.ask();
   const int64_t target = set.targets[row];
   float chosen = leads ? chosen_logit(x, set, target) : 0.0f;
-  if (kGroup == 32) __syncwarp();      // it may be overwritten by the gradient
+  __syncwarp();                        // it may be overwritten by the gradient; and the barrier wants whole warps
   if (cut.slices > 1) cluster_sync();  // every block has begun: its shared memory may be written
   Stats stats = part_stats<Op::kDot>(part, op.scale2, &shared->scratch);
   if (cut.slices > 1) {
     if (threadIdx.x < kSlices) *in_cluster_block(shared->parts + slice, static_cast<int>(threadIdx.x)) = stats;
+    __syncwarp();
     cluster_sync();
     stats = combined(shared->parts, kSlices, op.scale2);
   }

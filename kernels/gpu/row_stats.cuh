@@ -109,7 +109,7 @@ struct Part {
   using P = Pack<T>;
   const T* x;
   int count;
-  P* staged;  // where the packs wait in shared memory, or null: read again
+  P* staged;  // where the packs wait in shared memory, or null: read again, as a warp always does
   bool aligned;
 
   IGPO_DEVICE Part(const T* x, int count, P* staged) : x(x), count(count), staged(staged), aligned(is_aligned16(x)) {}
@@ -131,17 +131,19 @@ struct Part {
     }
     return out;
   }
-  IGPO_DEVICE P get(int i) const {
-    if (!staged) return read(i);
+  IGPO_DEVICE P arrived(int i) const {
     const uint4 raw = reinterpret_cast<const uint4*>(staged)[i];
     P out;
     __builtin_memcpy(&out, &raw, 16);
     return out;
   }
+  IGPO_DEVICE bool waits() const { return kGroup > 32 && staged; }
+  IGPO_DEVICE P get(int i) const { return waits() ? arrived(i) : read(i); }
+
   IGPO_DEVICE int packs_per_stage() const { return (packs() + kStages * kGroup - 1) / (kStages * kGroup); }
   // Asks for everything; where it is staged, in kStages groups of copies.
   IGPO_DEVICE void ask() const {
-    if (!staged) return;
+    if (!waits()) return;
     const int per_stage = packs_per_stage();
     for (int stage = 0, i = thread(); stage < kStages; ++stage) {
       for (int k = 0; k < per_stage; ++k, i += kGroup) {
@@ -157,13 +159,17 @@ struct Part {
     wait_for_copies<kStages - 1 - kStage>();
     const int per_stage = packs_per_stage();
     for (int k = 0, i = thread() + kStage * per_stage * kGroup; k < per_stage && i < packs(); ++k, i += kGroup)
-      top = larger(get(i), top);
+      top = larger(arrived(i), top);
     return top;
   }
   // This thread's maximum.
   IGPO_DEVICE float top() const {
-    static_assert(kStages == 4, "one line a stage");
-    return top_of_stage<3>(top_of_stage<2>(top_of_stage<1>(top_of_stage<0>(-kInf))));
+    static_assert(kStages == 4, "one call a stage");
+    if (waits()) return top_of_stage<3>(top_of_stage<2>(top_of_stage<1>(top_of_stage<0>(-kInf))));
+    float top = -kInf;
+#pragma unroll 1
+    for (int i = thread(); i < packs(); i += kGroup) top = larger(read(i), top);
+    return top;
   }
 };
 

@@ -10,12 +10,22 @@ import pytest
 import torch
 from gpu import on_backend
 from gpu_rows import launcher, same
-from row_cases import DTYPES, IGNORED, example, leaf
+from row_cases import DTYPES, IGNORED, example, leaf, peak_bytes
 from torch import Tensor
 
 from igpo.ops import BackendError, masked_cross_entropy, use_backend
 
 REDUCTIONS = ("sum", "mean", "none")
+
+
+def test_the_backward_pass_allocates_nothing_large() -> None:
+    logits, targets = example(2, 2101)
+    x = leaf(logits)
+    with on_backend("cuda", "masked_cross_entropy"):
+        if gpu_rows.DEVICE.type != "cpu":
+            pytest.skip("peak_bytes sees the memory of the CPU")
+        loss = masked_cross_entropy(x, targets)
+        assert peak_bytes(lambda: torch.autograd.grad(loss, x)) < 1000
 
 
 def test_where_the_gradient_is_computed() -> None:
