@@ -27,12 +27,13 @@ class _Product(torch.autograd.Function):
         hidden, weight = ctx.saved_tensors
         scale = _products.half_scale(hidden.dtype, grad)
         grad = (grad if scale is None else grad * scale).to(hidden.dtype)
-        found = (
-            torch.mm(a, b, out_dtype=torch.float32) if needed else None
-            for needed, a, b in zip(
-                ctx.needs_input_grad, (grad, grad.t()), (weight, hidden), strict=True
-            )
-        )
+        with torch.autocast(hidden.device.type, enabled=False):
+            found = [
+                torch.mm(a, b, out_dtype=torch.float32) if needed else None
+                for needed, a, b in zip(
+                    ctx.needs_input_grad, (grad, grad.t()), (weight, hidden), strict=True
+                )
+            ]
         return tuple(
             g if g is None else (g if scale is None else g / scale).to(hidden.dtype) for g in found
         )
@@ -41,8 +42,10 @@ class _Product(torch.autograd.Function):
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """hidden (..., D) and weight (V, D) of one dtype -> logits (..., V), float32, or float64 of float64 inputs."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    if hidden.dtype != dtype and hidden.device.type in _products.WIDE_RESULTS:
-        flat = _Product.apply(hidden.flatten(0, -2), weight)
-        logits = flat.view(*hidden.shape[:-1], weight.shape[0])
+    with torch.autocast(hidden.device.type, enabled=False):  # which would narrow the result
+        if hidden.dtype == dtype or hidden.device.type not in _products.WIDE_RESULTS:
+            wide = None if bias is None else bias.to(dtype)
+            return F.linear(hidden.to(dtype), weight.to(dtype), wide)
+        logits = _Product.apply(hidden.flatten(0, -2), weight)
+        logits = logits.view(*hidden.shape[:-1], weight.shape[0])
         return logits if bias is None else logits.add_(bias)
-    return F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))

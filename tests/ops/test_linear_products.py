@@ -98,6 +98,9 @@ def test_chunks_on_a_gpu() -> None:
     assert {key: _linear.gpu_rows(*key) for key in sizes} == sizes
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning"
+)  # dynamo's own
 @pytest.mark.parametrize("dtype", HALVES)
 def test_head_logits_without_a_widened_weight(calls: list[str], dtype: torch.dtype) -> None:
     hidden, weight = leaf(torch.randn(2, 3, 8).to(dtype)), leaf(torch.randn(19, 8).to(dtype))
@@ -116,8 +119,10 @@ def test_head_logits_without_a_widened_weight(calls: list[str], dtype: torch.dty
     assert calls == ["mm"] * 3
     (alone,) = torch.autograd.grad(head_logits(hidden, weight.detach()).sum(), hidden)
     torch.testing.assert_close(alone.float(), exact[1].sum(0).expand(2, 3, 8), rtol=1e-2, atol=1e-2)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(head_logits(hidden, weight, bias), logits)
+    compiled = torch.compile(head_logits, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(hidden, weight, bias), logits)
 
 
 @pytest.fixture(params=["triton", "cuda"])
