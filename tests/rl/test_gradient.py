@@ -173,9 +173,10 @@ def test_peak_memory_does_not_grow_with_the_draws(toy, name: str) -> None:
         )  # fmt: skip
         prepared = algorithm.likelihood.prepare(policy, batch, SEED)
         advantages = torch.linspace(-1, 1, 12)
-        work = lambda: list(  # noqa: E731
-            accumulate(algorithm, policy, prepared, advantages, 0, torch.arange(12), 12)
-        )
+
+        def work() -> None:
+            list(accumulate(algorithm, policy, prepared, advantages, 0, torch.arange(12), 12))
+
         work()  # the gradients themselves are allocated once
         return peak_bytes(work)
 
@@ -185,20 +186,22 @@ def test_peak_memory_does_not_grow_with_the_draws(toy, name: str) -> None:
 
 
 def test_no_logits_of_all_positions(toy) -> None:
-    """512 tokens, 8192 words: scoring and its gradient hold a small part of the 16.8 MB of logits."""
-    policy, batch = toy.Policy(), graded(toy, 8)
-    words = 8192
+    """2048 tokens, 4096 words: scoring and its gradient stay below the 33.5 MB of logits, whichever backend runs."""
+    rollouts = toy.rolled(toy.canvas(toy.prompts(8), 16))
+    size, words = len(rollouts.tokens), 4096
+    policy, batch = toy.Policy(), toy.graded(rollouts, torch.arange(size) % 3 == 0)
     policy.weight = nn.Parameter(torch.randn(words, 10))
     policy.bias = nn.Parameter(torch.zeros(words))
     algorithm = built(clipped("token"), constant_memory=True, num_slices=1, num_iterations=1)
     prepared = algorithm.likelihood.prepare(policy, batch, SEED)
-    rows = torch.arange(32)
-    work = lambda: list(  # noqa: E731
-        accumulate(algorithm, policy, prepared, torch.randn(32), 0, rows, 32)
-    )
-    assert evaluate(policy, prepared, 0).shape == (32, 1, toy.length)
+    rows, advantages = torch.arange(size), torch.linspace(-1, 1, size)
+
+    def work() -> None:
+        list(accumulate(algorithm, policy, prepared, advantages, 0, rows, size))
+
+    assert evaluate(policy, prepared, 0).shape == (size, 1, toy.length)
     work()
-    assert peak_bytes(work) < 512 * words * 4 / 2
+    assert peak_bytes(work) < 0.8 * size * toy.length * words * 4
 
 
 def test_draws_that_updates_share_are_evaluated_once(toy) -> None:
