@@ -65,6 +65,15 @@ def test_company_changes_no_bit_without_padding(model: MaskedDecoder) -> None:
         assert torch.equal(model(tokens[b : b + 1]).logits[0], together[b])
 
 
+@pytest.mark.parametrize("name", ["llada", "dream", "sdar"])
+@torch.no_grad()
+def test_a_device_is_never_waited_for(name: str) -> None:
+    """The meta device has no values to read: packing, which asks for lengths, is for CPUs alone."""
+    model = model_of(name).to("meta")
+    tokens, mask = padded(ROWS, "left", width=15)
+    assert model.hidden(tokens.to("meta"), mask.to("meta")).shape == (5, 15, 64)
+
+
 @torch.no_grad()
 def test_positions_are_columns_unless_given(model: MaskedDecoder) -> None:
     tokens, mask = padded(ROWS, "left", width=15)
