@@ -9,9 +9,10 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from public_configs import MASK, PUBLIC, padded, public_model
+from public_configs import MASK, PUBLIC, public_model
 from torch import Tensor
 from torch.nn.attention import flex_attention
+from toys import padded
 
 from igpo.models import MaskedDecoder, layout
 from igpo.ops._head import head_logits
