@@ -66,6 +66,7 @@ class RolloutConfig:
     remasking: str = "low_confidence"  # or random
     suppress_tokens: tuple[int, ...] = ()
     early_stop: bool = True  # stop a sequence once a block of it is all EOS
+    use_cache: bool = True  # block-causal models keep keys and values of finished blocks; exact
     rollout_batch_size: int = 64  # sequences denoised at once; does not change anyone's tokens
 
 

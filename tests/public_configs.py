@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from igpo.models import MaskedDecoder
 from igpo.models.loading import CLASSES
@@ -84,13 +83,3 @@ def describe(folder: Path, **changes: Any) -> None:
     """Changes keys of a folder's config.json."""
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def padded(rows: list[Tensor], side: str, width: int) -> tuple[Tensor, Tensor]:
-    """Rows of tokens in one (B, width) batch, and its attention mask."""
-    tokens = torch.full((len(rows), width), PAD)
-    mask = torch.zeros_like(tokens, dtype=torch.bool)
-    for b, row in enumerate(rows):
-        where = slice(width - len(row), None) if side == "left" else slice(0, len(row))
-        tokens[b, where], mask[b, where] = row, True
-    return tokens, mask

@@ -17,7 +17,7 @@ LLADA_CHAT = (
 LLADA_ADDED = (
     "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
 )  # fmt: skip
-DREAM_ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|beginoftext|>", "<|mask|>")
+QWEN_ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|beginoftext|>", "<|mask|>")
 ROWS = 300  # of the embedding: more than either tokenizer has
 
 
@@ -40,8 +40,8 @@ def llada_folder(folder: Path) -> Path:
     return folder
 
 
-def dream_folder(folder: Path) -> Path:
-    """vocab.json and merges.txt, and the name of a tokenizer class in Python that is not there."""
+def qwen_folder(folder: Path) -> Path:
+    """Dream or SDAR, as the folder is called: vocab.json, merges.txt, and a Python class that is missing."""
     folder.mkdir()
     vocab = {c: i for i, c in enumerate(_bytes())}
     (folder / "vocab.json").write_text(json.dumps(vocab))
@@ -51,17 +51,17 @@ def dream_folder(folder: Path) -> Path:
             "content": token, "special": True, "lstrip": False, "rstrip": False, "single_word": False,
             "normalized": False,
         }
-        for i, token in enumerate(DREAM_ADDED)
+        for i, token in enumerate(QWEN_ADDED)
     }  # fmt: skip
     config = {
-        "tokenizer_class": "DreamTokenizer", "added_tokens_decoder": added,
-        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+        "tokenizer_class": "RemoteTokenizer", "added_tokens_decoder": added,
+        "auto_map": {"AutoTokenizer": ["tokenization.RemoteTokenizer", None]},
         "bos_token": "<|beginoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
         "mask_token": "<|mask|>", "unk_token": None, "model_max_length": 131072,
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     public_model(
-        "dream", vocab_size=ROWS, mask_token_id=260, eos_token_id=256, pad_token_id=256
+        folder.name, vocab_size=ROWS, mask_token_id=260, eos_token_id=256, pad_token_id=256
     ).save_pretrained(folder)
     return folder
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from toys import padded
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 from igpo.models import MaskedDecoder, MaskedDecoderConfig, load_model
@@ -43,15 +44,6 @@ def decoder(**changes) -> MaskedDecoder:
 @pytest.fixture(params=list(KINDS))
 def model(request: pytest.FixtureRequest) -> MaskedDecoder:
     return decoder(**KINDS[request.param])
-
-
-def padded(rows: list[Tensor], side: str, width: int) -> tuple[Tensor, Tensor]:
-    tokens = torch.full((len(rows), width), PAD)
-    mask = torch.zeros_like(tokens, dtype=torch.bool)
-    for b, row in enumerate(rows):
-        where = slice(width - len(row), None) if side == "left" else slice(0, len(row))
-        tokens[b, where], mask[b, where] = row, True
-    return tokens, mask
 
 
 def by_hand(model: MaskedDecoder, tokens: Tensor) -> Tensor:
@@ -103,7 +95,7 @@ def test_matches_the_equations(model: MaskedDecoder) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_never_leaks(model: MaskedDecoder, side: str) -> None:
     rows = [torch.randint(0, VOCAB, (n,)) for n in (9, 4, 1, 7)]
-    tokens, mask = padded(rows, side, width=12)
+    tokens, mask = padded(rows, side, width=12, pad=PAD)
     hidden = model.hidden(tokens, mask)
     other = tokens.masked_fill(~mask, 3)
     assert torch.equal(model.hidden(other, mask)[mask], hidden[mask])
@@ -149,7 +141,7 @@ def test_rows_of_padding_only_are_finite_and_so_are_gradients() -> None:
 
 def test_integer_attention_mask_means_the_same() -> None:
     model = decoder()
-    tokens, mask = padded([torch.arange(5), torch.arange(3)], "left", 6)
+    tokens, mask = padded([torch.arange(5), torch.arange(3)], "left", 6, PAD)
     assert torch.equal(model.hidden(tokens, mask.long()), model.hidden(tokens, mask))
 
 
@@ -281,7 +273,7 @@ def test_lora_trains_adapters_only() -> None:
 
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:
-    tokens, mask = padded([torch.arange(9), torch.arange(4)], "left", 10)
+    tokens, mask = padded([torch.arange(9), torch.arange(4)], "left", 10, PAD)
 
     def gradients(model: MaskedDecoder) -> list[Tensor]:
         model.train()(tokens, mask, logits_to_keep=mask).logits.square().mean().backward()

@@ -67,3 +67,13 @@ def before_step(rollouts: Rollouts, step: int) -> Tensor:
     """The canvas before a denoise step, rebuilt."""
     completion = rollouts.completion.masked_fill(rollouts.step_map >= step, MASK)
     return torch.cat((rollouts.canvas.tokens[:, : rollouts.canvas.prompt_length], completion), 1)
+
+
+def padded(rows: list[Tensor], side: str, width: int, pad: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows of tokens in one (B, width) batch, and its attention mask."""
+    tokens = torch.full((len(rows), width), pad)
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    for b, row in enumerate(rows):
+        where = slice(width - len(row), None) if side == "left" else slice(0, len(row))
+        tokens[b, where], mask[b, where] = row, True
+    return tokens, mask

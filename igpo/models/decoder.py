@@ -166,6 +166,11 @@ class MaskedDecoder(PreTrainedModel):
     def head_bias(self) -> None:
         return None
 
+    @property
+    def block_length(self) -> int | None:
+        """Of block-causal attention: rollouts go block by block. None: full attention."""
+        return self.config.block_length
+
     def use_vocabulary(self, size: int) -> None:
         """Restricts head_weight to the first `size` rows.
 

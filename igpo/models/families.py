@@ -20,7 +20,7 @@ class Family:
     """native: config.json -> arguments of MaskedDecoderConfig. ids: special tokens of the published vocabulary, taken
     where the config does not say. block_length: of attention, where the config does not say; None is full attention.
     tokenizer: "fast" files name their own class; "qwen2" files name one in Python that would have to be run, and
-    Qwen2's gives the same ids. turn_end: the token an answer ends with in the chat template, before EOS padding.
+    Qwen2's gives the same ids.
     """
 
     name: str
@@ -30,7 +30,6 @@ class Family:
     names: TensorNames
     ids: Mapping[str, int]
     tokenizer: str
-    turn_end: str
     block_length: int | None = None
 
     def arguments(self, values: Values) -> dict[str, Any]:
@@ -163,17 +162,15 @@ _DREAM_IDS = {"mask_token_id": 151666, "eos_token_id": 151643, "pad_token_id": 1
 _SDAR_IDS = {"mask_token_id": 151669, "eos_token_id": 151643, "pad_token_id": 151643}
 _LING_IDS = {"mask_token_id": 156895, "eos_token_id": 156892, "pad_token_id": 156892}
 
-_IM_END, _EOT, _ROLE_END = "<|im_end|>", "<|eot_id|>", "<|role_end|>"
-
 FAMILIES = (
-    Family("LLaDA", "llada", "LLaDAModelLM", _llada, LLADA, _LLADA_IDS, "fast", _EOT),
-    Family("LLaDA-MoE", "llada", "LLaDAMoEModelLM", _llada_moe, LLAMA, _LING_IDS, "fast", _ROLE_END),
-    Family("MMaDA", "mmada", "MMadaModelLM", _llada, LLADA, _LLADA_IDS, "fast", _EOT),
-    Family("Dream", "Dream", "DreamModel", _dream, LLAMA, _DREAM_IDS, "qwen2", _IM_END),
-    Family("DreamReasoner", "Dream", "DreamForCausalLM", _qwen3, LLAMA, _SDAR_IDS, "qwen2", _IM_END, 32),
-    Family("SDAR", "sdar", "SDARForCausalLM", _qwen3, LLAMA, _SDAR_IDS, "qwen2", _IM_END, 4),
-    Family("SDAR-MoE", "sdar_moe", "SDARMoeForCausalLM", _qwen3_moe, LLAMA, _SDAR_IDS, "qwen2", _IM_END, 4),
-    Family("LLaDA2", "llada2_moe", "LLaDA2MoeModelLM", _llada2, LLADA2, _LING_IDS, "fast", _ROLE_END, 32),
+    Family("LLaDA", "llada", "LLaDAModelLM", _llada, LLADA, _LLADA_IDS, "fast"),
+    Family("LLaDA-MoE", "llada", "LLaDAMoEModelLM", _llada_moe, LLAMA, _LING_IDS, "fast"),
+    Family("MMaDA", "mmada", "MMadaModelLM", _llada, LLADA, _LLADA_IDS, "fast"),
+    Family("Dream", "Dream", "DreamModel", _dream, LLAMA, _DREAM_IDS, "qwen2"),
+    Family("DreamReasoner", "Dream", "DreamForCausalLM", _qwen3, LLAMA, _SDAR_IDS, "qwen2", 32),
+    Family("SDAR", "sdar", "SDARForCausalLM", _qwen3, LLAMA, _SDAR_IDS, "qwen2", 4),
+    Family("SDAR-MoE", "sdar_moe", "SDARMoeForCausalLM", _qwen3_moe, LLAMA, _SDAR_IDS, "qwen2", 4),
+    Family("LLaDA2", "llada2_moe", "LLaDA2MoeModelLM", _llada2, LLADA2, _LING_IDS, "fast", 32),
 )  # fmt: skip
 
 

@@ -9,9 +9,10 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from public_configs import MASK, PUBLIC, padded, public_model
+from public_configs import MASK, PUBLIC, public_model
 from torch import Tensor
 from torch.nn.attention import flex_attention
+from toys import padded
 
 from igpo.models import MaskedDecoder, layout
 from igpo.ops._head import head_logits
@@ -63,6 +64,15 @@ def test_company_changes_no_bit_without_padding(model: MaskedDecoder) -> None:
     together = model(tokens).logits
     for b in range(7):
         assert torch.equal(model(tokens[b : b + 1]).logits[0], together[b])
+
+
+@pytest.mark.parametrize("name", ["llada", "dream", "sdar"])
+@torch.no_grad()
+def test_a_device_is_never_waited_for(name: str) -> None:
+    """The meta device has no values to read: packing, which asks for lengths, is for CPUs alone."""
+    model = model_of(name).to("meta")
+    tokens, mask = padded(ROWS, "left", width=15)
+    assert model.hidden(tokens.to("meta"), mask.to("meta")).shape == (5, 15, 64)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from public_configs import describe
-from public_folders import ROWS, dream_folder, llada_folder
+from public_folders import ROWS, llada_folder, qwen_folder
 from safetensors.torch import load_file, save_file
 
 from igpo import evaluate, train
@@ -21,7 +21,7 @@ from igpo.ops._head import head_logits
 from igpo.policy import build_policy
 from igpo.policy import load_tokenizer as program_tokenizer
 
-FOLDERS = {"llada": llada_folder, "dream": dream_folder}
+FOLDERS = {"llada": llada_folder, "dream": qwen_folder, "sdar": qwen_folder}
 
 
 @pytest.fixture(params=list(FOLDERS))
@@ -77,6 +77,7 @@ def test_training_writes_the_layout_it_read(folder: Path, public: Callable[..., 
     assert tokenizer.mask_token_id == program_tokenizer(cfg.model).mask_token_id
 
 
+@pytest.mark.parametrize("folder", ["sdar"], indirect=True)
 def test_resuming_is_bitwise(public: Callable[..., Config]) -> None:
     whole = public("save_steps=1", "max_steps=3")
     train.run(whole)
@@ -114,7 +115,7 @@ def test_a_tokenizer_of_another_model_is_refused(
         ValueError, match=r"mask_token_id of the model is 299, got a vocabulary of 262"
     ):
         load_tokenizer(folder)
-    other = dream_folder(tmp_path / "dream")
+    other = qwen_folder(tmp_path / "dream")
     describe(other, mask_token_id=257)
     with pytest.raises(ValueError, match="its mask token is 260, the model's 257"):
         load_tokenizer(other)
@@ -126,6 +127,7 @@ def test_a_tokenizer_of_another_model_is_refused(
 TARGETS = {
     "llada": {"q_proj": 1, "attn_out": 1, "ff_proj": 1, "ff_out": 1, "up_proj": 1, "down_proj": 1, "": 7},
     "dream": {"q_proj": 1, "o_proj": 1, "gate_proj": 1, "": 7},
+    "sdar": {"v_proj": 1, "": 7},
 }  # fmt: skip
 
 
@@ -143,6 +145,7 @@ def test_lora_targets_by_the_names_of_the_family(
         build_policy(cfg, program_tokenizer(cfg.model))
 
 
+@pytest.mark.parametrize("folder", ["dream"], indirect=True)
 def test_a_frozen_head_gets_no_gradient(
     public: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +170,7 @@ def test_a_frozen_head_gets_no_gradient(
     assert not torch.equal(saved.norm.weight, started.norm.weight)
 
 
+@pytest.mark.parametrize("folder", ["dream"], indirect=True)
 def test_activation_checkpointing_recomputes_in_eval_mode(public: Callable[..., Config]) -> None:
     tokens = torch.arange(24).view(2, 12)
     found = []
@@ -184,6 +188,7 @@ def test_activation_checkpointing_recomputes_in_eval_mode(public: Callable[..., 
     assert all(map(torch.equal, plain, again))
 
 
+@pytest.mark.parametrize("folder", ["llada"], indirect=True)
 def test_adapters_of_the_public_code_are_understood(
     folder: Path, public: Callable[..., Config], tmp_path: Path
 ) -> None:

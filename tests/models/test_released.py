@@ -184,6 +184,18 @@ def test_dtypes(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize("name", PUBLIC)
+@torch.no_grad()
+def test_bfloat16_is_near_float32(name: str) -> None:
+    model = public_model(name)
+    exact = model(TOKENS).last_hidden_state
+    rounded = model.to(torch.bfloat16)(TOKENS)
+    assert rounded.logits.dtype == torch.float32
+    error = (rounded.last_hidden_state.float() - exact).square().mean() / exact.square().mean()
+    # experts near a tie change places
+    assert error.sqrt() < (0.3 if model.config.num_experts else 0.03)
+
+
 def test_the_block_length_asked_for_is_saved(tmp_path: Path) -> None:
     public_model("llada2").save_pretrained(tmp_path / "a")
     assert load_model(tmp_path / "a").config.block_length == 32
@@ -253,5 +265,5 @@ def test_the_documentation_lists_every_family_and_its_ids() -> None:
     text = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
     for family in FAMILIES:
         assert f"| {family.model_type} / {family.architecture} |" in text
-        for token in (*map(str, family.ids.values()), f"`{family.turn_end}`".replace("|", "\\|")):
-            assert token in text, token
+        for token in family.ids.values():
+            assert str(token) in text, token

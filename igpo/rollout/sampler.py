@@ -1,0 +1,215 @@
+"""The sampler behind denoise: one pass over the blocks of a batch of canvases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from igpo.config import RolloutConfig
+from igpo.ops import unmask_step
+from igpo.ops._head import head_logits
+from igpo.types import GIVEN, Canvas, Policy, Rollouts, Seed
+
+from .block_cache import BlockCache
+from .schedule import Group, groups, steps_per_block
+
+OnStep = Callable[[int, Tensor], None]
+CONFIDENCE = {"low_confidence": "prob", "random": "random"}  # cfg.remasking -> unmask_step's score
+
+
+class Sampler:
+    """One call of denoise: its constants, and the results of all B rows, which the blocks fill in."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        canvas: Canvas,
+        cfg: RolloutConfig,
+        seed: Seed,
+        on_step: OnStep | None,
+    ) -> None:
+        _check(policy, canvas, cfg)
+        size, length = canvas.completion.shape
+        device = canvas.tokens.device
+        self.policy, self.canvas, self.cfg, self.on_step = policy, canvas, cfg, on_step
+        self.steps = steps_per_block(length, cfg)
+        self.causal = getattr(policy, "block_length", None) is not None
+        # completion columns count from here in blocks: prompt tokens may stand in the first one
+        self.offset = torch.zeros(size, dtype=torch.int64, device=device)
+        self.num_blocks = [length // cfg.block_length] * size
+        if self.causal:
+            prompts = canvas.attention_mask[:, : canvas.prompt_length].sum(1)
+            self.offset = prompts % cfg.block_length
+            self.num_blocks = ((self.offset + length - 1) // cfg.block_length + 1).tolist()
+        block = (torch.arange(length, device=device) + self.offset[:, None]) // cfg.block_length
+        counts = torch.zeros(
+            size, max(self.num_blocks, default=0), dtype=torch.int64, device=device
+        )
+        masked = (canvas.completion == canvas.mask_id).long()
+        self.masked = counts.scatter_add(1, block, masked).tolist()  # row, block
+        self.seed = seed.named(f"rollout/{seed.step}").value
+        self.suppressed = torch.tensor((canvas.mask_id, *cfg.suppress_tokens), device=device)
+        self.tokens = canvas.tokens.clone()
+        self.step_map = torch.full_like(canvas.completion, GIVEN)
+        self.logprob = torch.zeros(size, length, device=device)
+        self.entropy = torch.zeros_like(self.logprob)
+        self.num_steps = [blocks * self.steps for blocks in self.num_blocks]
+        self.num_forwards = 0
+
+    def run(self, live: list[int]) -> None:
+        """Denoises these rows, block after block; those that stop early leave."""
+        cache = BlockCache(self, live) if self.causal and self.cfg.use_cache else None
+        for block in range(max(self.num_blocks[row] for row in live)):
+            live = [row for row in live if block < self.num_blocks[row]]
+            if not live:
+                return
+            # most masked positions first: the rows that still commit at a step are a prefix
+            live.sort(key=lambda row: -self.masked[row][block])
+            rows = torch.tensor(live, device=self.tokens.device)
+            if cache is not None:
+                cache.enter(block, live, rows)
+            self._denoise_block(block, live, rows, cache)
+            live = self._close_block(block, live, rows)
+
+    def rollouts(self) -> Rollouts:
+        num_steps = torch.tensor(self.num_steps, dtype=torch.int64, device=self.tokens.device)
+        return Rollouts(
+            self.canvas, self.tokens, self.step_map, self.logprob, self.entropy, num_steps, self.num_forwards
+        )  # fmt: skip
+
+    def columns(self, block: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, block_length) completion columns of a block, and which exist; the first block may begin in the prompt."""
+        width = self.cfg.block_length
+        found = torch.arange(width, device=rows.device) + block * width - self.offset[rows, None]
+        return found, (found >= 0) & (found < self.logprob.shape[1])
+
+    def _denoise_block(
+        self, block: int, live: list[int], rows: Tensor, cache: BlockCache | None
+    ) -> None:
+        runs = list(groups([self.masked[row][block] for row in live], self.steps))
+        attention_mask, position_ids = (
+            self.canvas.attention_mask[rows],
+            self.canvas.position_ids[rows],
+        )
+        for step in range(self.steps):
+            active = [group for group in runs if group.schedule[step] > 0]
+            if not active:
+                return
+            size = active[-1].last
+            if cache is not None:
+                hidden = cache.hidden(block, rows)
+            else:
+                hidden = self.policy.hidden(
+                    self.tokens[rows[:size]], attention_mask[:size], position_ids[:size]
+                )
+            self.num_forwards += len(hidden)
+            for group in active:
+                part = slice(group.first, group.last)
+                self._commit(block, step, group, rows[part], hidden[part], cache is not None)
+            if self.on_step is not None:
+                self.on_step(block * self.steps + step, self.tokens.clone())
+
+    def _commit(
+        self, block: int, step: int, group: Group, rows: Tensor, hidden: Tensor, block_only: bool
+    ) -> None:
+        """Commits the step's share of a group. What is left is known from the schedule: the host asks nothing.
+
+        hidden: of the whole canvas, or with block_only of the block.
+        """
+        shift = self.canvas.prompt_length
+        found, exist = self.columns(block, rows)
+        masked = exist & (self._at(rows, found) == self.canvas.mask_id)
+        left = group.masked - sum(group.schedule[:step])
+        # the masked columns in ascending order; a draw is keyed by its place among them, a matter of this row alone
+        places = masked.byte().argsort(dim=1, descending=True, stable=True)[:, :left]
+        columns = found.gather(1, places)
+        there, local = rows[:, None], torch.arange(len(rows), device=rows.device)[:, None]
+        result = unmask_step(
+            head_logits(
+                hidden[local, places if block_only else columns + shift],
+                self.policy.head_weight,
+                self.policy.head_bias,
+            ),
+            self.tokens[there, columns + shift],
+            mask_id=self.canvas.mask_id,
+            num_unmask=group.schedule[step],
+            temperature=self.cfg.temperature,
+            confidence=CONFIDENCE[self.cfg.remasking],
+            suppress_tokens=self.suppressed,
+            seed=self.seed,
+            step=block * self.steps + step,
+            row_ids=self.canvas.row_ids[rows],
+        )
+        self.tokens[there, columns + shift] = result.tokens
+        for record, value in (
+            (self.step_map, torch.full_like(columns, block * self.steps + step)),
+            (self.logprob, result.logprob.float()),
+            (self.entropy, result.entropy.float()),
+        ):
+            record[there, columns] = torch.where(result.committed, value, record[there, columns])
+
+    def _close_block(self, block: int, live: list[int], rows: Tensor) -> list[int]:
+        """Fills rows that ended in this block with EOS; returns the others. The one host synchronisation of a block."""
+        found, exist = self.columns(block, rows)
+        tokens, eos_id = self._at(rows, found), self.canvas.eos_id
+        left = (exist & (tokens == self.canvas.mask_id)).any(1)
+        ended = torch.zeros_like(left)
+        if self.cfg.early_stop and eos_id is not None:
+            is_eos = tokens == eos_id
+            ended = (exist & is_eos).any(1) if self.causal else is_eos.all(1)
+        left, ended = torch.stack((left, ended)).tolist()
+        if any(left):
+            raise FloatingPointError(
+                "denoise: the policy's logits must offer a candidate for every masked position, got none (NaN, or all "
+                f"-inf) in block {block} of rows {[row for row, bad in zip(live, left, strict=True) if bad]}. "
+                "Check the model's weights and dtype."
+            )
+        finished = [row for row, end in zip(live, ended, strict=True) if end]
+        if finished and eos_id is not None:
+            self._fill_rest(block, finished, eos_id)
+        return [row for row, end in zip(live, ended, strict=True) if not end]
+
+    def _fill_rest(self, block: int, finished: list[int], eos_id: int) -> None:
+        num_steps = (block + 1) * self.steps
+        rows = torch.tensor(finished, device=self.tokens.device)
+        completion = self.tokens[:, self.canvas.prompt_length :]
+        # what a block before left masked does not exist: the rest are the masked columns
+        masked = completion[rows] == self.canvas.mask_id
+        completion[rows] = torch.where(masked, eos_id, completion[rows])
+        self.step_map[rows] = torch.where(masked, num_steps, self.step_map[rows])
+        for row in finished:
+            self.num_steps[row] = num_steps
+
+    def _at(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Tokens of completion columns; of the nearest one there is for those outside."""
+        there = (columns + self.canvas.prompt_length).clamp(0, self.tokens.shape[1] - 1)
+        return self.tokens[rows[:, None], there]
+
+
+def _check(policy: Policy, canvas: Canvas, cfg: RolloutConfig) -> None:
+    if cfg.remasking not in CONFIDENCE:
+        raise ValueError(
+            f"denoise: remasking must be one of {sorted(CONFIDENCE)}, got {cfg.remasking!r}."
+        )
+    if cfg.rollout_batch_size < 1:
+        raise ValueError(
+            f"denoise: rollout_batch_size must be positive, got {cfg.rollout_batch_size}."
+        )
+    grid = getattr(policy, "block_length", None)
+    if grid not in (None, cfg.block_length):
+        raise ValueError(
+            f"denoise: block_length must be the policy's own, {grid}, got {cfg.block_length}. Set block_length={grid}."
+        )
+    vocabulary = policy.head_weight.shape[0]
+    if any(not 0 <= token < vocabulary for token in cfg.suppress_tokens):
+        raise ValueError(
+            f"denoise: suppress_tokens must be in [0, {vocabulary}), got {cfg.suppress_tokens}."
+        )
+    wrong = (canvas.completion == canvas.mask_id) == canvas.frozen
+    if bool(wrong.any()):
+        raise ValueError(
+            "denoise: canvas.frozen must be True exactly where a completion position is not mask_id, got "
+            f"{int(wrong.sum())} positions where it is not. Use with_hints to place tokens."
+        )
