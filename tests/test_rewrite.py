@@ -261,7 +261,7 @@ def test_gsm8k_keeps_every_answer(shared: Path) -> None:
     from igpo.rewards import has_answer
 
     before = after = 0
-    for problem in problems(f"gsm8k={shared / 'data/gsm8k/train.jsonl'}", DataConfig()):
+    for problem in problems(f"gsm8k={shared / 'data/gsm8k/train.jsonl'}", DataConfig(), 1500):
         assert problem.solution is not None
         assert problem.answer is not None
         text = concise(problem.solution, problem.question)
