@@ -16,6 +16,7 @@ from igpo import cli
 from igpo.cli import COMMANDS, main
 from igpo.config import Config, ConfigError, DemoOptions, GenerateOptions
 from igpo.optim import TrainingError
+from igpo.rl.presets import PRESETS
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_a_preset_comes_before_files_and_overrides(program, tmp_path: Path) -> N
         (["train", "--beta"], "igpo train: command line: --beta needs a value."),
         (["train", "none.yaml"], "igpo train: none.yaml: No such file or directory."),
         (["train", "max_steps=0"], "igpo train: max_steps must be at least 1, got 0."),
-        (["sft", "preset="], "igpo sft: command line: preset must be one of igpo, igpo_released, diffu_grpo, got ''."),
+        (["sft", "preset="], f"igpo sft: command line: preset must be one of {', '.join(PRESETS)}, got ''."),
         (["demo", "a.yaml"], "igpo demo: command line: 'a.yaml' must be key=value; this command takes no file."),
         (["demo", "sed=1"], "igpo demo: command line: unknown key 'sed'. The nearest one is 'seed'."),
     ],

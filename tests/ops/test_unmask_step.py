@@ -54,23 +54,21 @@ def naive(
     return tokens, committed, score, logprob, entropy
 
 
+TURNS = [
+    (0.0, "icdf", "prob"), (1.0, "gumbel", "random"), (1.3, "icdf", "margin"), (1.3, "gumbel", "entropy"),
+]  # fmt: skip
 SHAPES = [(1, 1, 1), (2, 3, 2), (3, 5, 7), (2, 4, 101), (1, 3, 4096), (2, 2, 4159), (1, 2, 12289)]
 
 
-# every confidence in float32; in the others they take turns
-GREEDY = [
-    (shape, dtype, confidence)
-    for s, shape in enumerate(SHAPES)
-    for d, dtype in enumerate(DTYPES)
-    for c, confidence in enumerate(CONFIDENCES[:3])
-    if d == 0 or (s + d + c) % 3 == 0
-]
-
-
-@pytest.mark.parametrize(("shape", "dtype", "confidence"), GREEDY, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize("confidence", CONFIDENCES[:3])
 def test_greedy_matches_definition(
     backend: str, shape: tuple, dtype: torch.dtype, confidence: str, ran
 ) -> None:
+    turn = SHAPES.index(shape) + DTYPES.index(dtype) + CONFIDENCES.index(confidence)
+    if is_slow(backend) and dtype != torch.float32 and turn % 3:
+        pytest.skip("not interpreted or emulated: the 16-bit types take turns")
     shape = (1, 1, shape[2]) if is_slow(backend) else shape
     logits, tokens, eligible = example(*shape, dtype)
     if is_slow(backend):
@@ -186,18 +184,14 @@ def test_threshold_is_compared_in_the_precision_of_the_score(backend: str) -> No
     assert got.committed.all()
 
 
-@pytest.mark.parametrize(
-    ("temperature", "sampler", "confidence"),
-    [
-        (0.0, "icdf", "prob"),
-        (1.0, "gumbel", "random"),
-        (1.3, "icdf", "margin"),
-        (1.3, "gumbel", "entropy"),
-    ],
-)
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 1.3])
+@pytest.mark.parametrize("sampler", ["icdf", "gumbel"])
+@pytest.mark.parametrize("confidence", CONFIDENCES)
 def test_rows_without_a_distribution_are_left_alone(
     backend: str, temperature: float, sampler: str, confidence: str
 ) -> None:
+    if is_slow(backend) and (temperature, sampler, confidence) not in TURNS:
+        pytest.skip("not interpreted or emulated: one combination of each kind is")
     logits = torch.randn(1, 7, 4500)
     logits[0, 0, 4400] = torch.nan
     logits[0, 1] = -torch.inf

@@ -89,11 +89,12 @@ def test_likelihood_loss_and_gradient_of_the_released_code(data, ratio: str, mas
     ):  # the masked positions are the fixture's; what is read and counted is ours
         ours = likelihood.draw(batch_of.rollouts, Seed(0))[0]
         masked = expected["masked"].bool()
-        update = InnerUpdate((Draw(expected["noisy"], ours.draws[0].score),), masked)
+        update = InnerUpdate((Draw(expected["noisy"] == MASK, ours.draws[0].score),), masked)
         object.__setattr__(likelihood, "draw", lambda rollouts, seed: [update] * 4)
     object.__setattr__(likelihood, "needs_reference", False)
     batch = likelihood.prepare(policy, batch_of, Seed(0))
-    assert torch.equal(batch.draws[0][0].tokens, expected["noisy"])
+    canvas = batch.draws[0][0].canvas(batch_of.rollouts.tokens, MASK)
+    assert torch.equal(canvas, expected["noisy"])
     logprob = likelihood(policy, batch, 0)
     torch.testing.assert_close(logprob, expected["logprob"], **TOLERANCE)
     assert torch.equal(batch.token_mask[0], expected["kept"].bool())
@@ -122,7 +123,7 @@ def test_random_masking_of_the_released_code_reads_every_position(data) -> None:
     assert counts[-1] == 4 * LENGTH > max(counts[:-1])
     for update in draws:
         assert update.draws[0].score.all()
-        assert torch.equal(update.counted, update.draws[0].tokens[:, PROMPT:] == MASK)
+        assert torch.equal(update.counted, update.draws[0].masked[:, PROMPT:])
 
 
 def test_hinted_canvas_of_the_released_code(data) -> None:
