@@ -20,7 +20,7 @@ from . import storage
 from .attention import Attention, RMSNorm, Rotation, rotation, why_not
 from .cache import KVCache
 from .decoder_config import MaskedDecoderConfig
-from .inputs import Inputs, aligned, last_real, read_inputs
+from .inputs import Inputs, aligned, aligned_streams, last_real, read_inputs, read_streams
 from .layout import MIN_ROWS, Plan
 from .moe import MixtureOfExperts, SwiGLU
 from .weights import as_bytes
@@ -210,7 +210,8 @@ class MaskedDecoder(PreTrainedModel):
         Raises:
             ValueError: shapes disagree, or the attention backend cannot do it.
         """
-        inputs, states = self._states(tokens, attention_mask, position_ids, cache)
+        inputs = self._inputs(tokens, attention_mask, position_ids, cache)
+        states = self._states(inputs)
         before = None if cache is None else cache.last
         if cache is not None and store:
             blocks = torch.zeros_like(tokens) if inputs.blocks is None else inputs.blocks
@@ -219,18 +220,50 @@ class MaskedDecoder(PreTrainedModel):
             cache.last = states.gather(1, last)[:, 0]
         return aligned(states, inputs.real, before) if self.config.shifted else states
 
-    def _states(
+    def hidden_of_blocks(
+        self,
+        noisy: Tensor,
+        clean: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """As `hidden` of every block at a canvas of its own, behind the finished blocks before it, in one pass.
+
+        Row i is that of `hidden` on clean up to the block of i and noisy in it: the model computes [noisy || clean], 2T
+        tokens, in which noisy blocks see themselves and the clean blocks before them.
+
+        Args:
+            noisy, clean: (B, T) int64, the same sequences with and without masks.
+            attention_mask, position_ids: (B, T), as `hidden`; of both copies.
+        Returns:
+            (B, T, D) in the model's dtype.
+        Raises:
+            ValueError: shapes disagree, or the model is not block-causal.
+        Source: arXiv:2503.09573 (BD3-LM); arXiv:2512.22234 (DiRL).
+        """
+        inputs = read_streams(
+            noisy, clean, attention_mask, position_ids,
+            backend=self.attention, block_length=self.config.block_length,
+        )  # fmt: skip
+        states = self._states(inputs)
+        return (
+            aligned_streams(states, inputs) if self.config.shifted else states[:, : noisy.shape[1]]
+        )
+
+    def _inputs(
         self,
         tokens: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         cache: KVCache | None = None,
-    ) -> tuple[Inputs, Tensor]:
-        """The final hidden states, in the rows of the released code."""
-        inputs = read_inputs(
+    ) -> Inputs:
+        return read_inputs(
             tokens, attention_mask, position_ids,
             backend=self.attention, block_length=self.config.block_length, cache=cache,
         )  # fmt: skip
+
+    def _states(self, inputs: Inputs) -> Tensor:
+        """The final hidden states, in the rows of the released code."""
         plan = inputs.plan
         x = plan.pack(self.embed_tokens(inputs.tokens))
         positions = rotation(plan.pack(inputs.positions), self.config, x.dtype)
@@ -242,7 +275,7 @@ class MaskedDecoder(PreTrainedModel):
                 x = recompute(layer, x, positions, plan)
             else:
                 x = layer(x, positions, plan)
-        return inputs, plan.unpack(self.norm(x))
+        return plan.unpack(self.norm(x))
 
     def forward(
         self,
@@ -262,7 +295,7 @@ class MaskedDecoder(PreTrainedModel):
         Raises:
             ValueError: shapes disagree.
         """
-        _, states = self._states(input_ids, attention_mask, position_ids)
+        states = self._states(self._inputs(input_ids, attention_mask, position_ids))
         if logits_to_keep is False:
             return DecoderOutput(last_hidden_state=states)
         rows = states

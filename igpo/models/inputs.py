@@ -52,6 +52,45 @@ def read_inputs(
     return Inputs(tokens, real, position_ids, blocks, plan)
 
 
+def read_streams(
+    noisy: Tensor,
+    clean: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    *,
+    backend: str,
+    block_length: int | None,
+) -> Inputs:
+    """The columns of noisy, then those of clean. See MaskedDecoder.hidden_of_blocks. Raises ValueError."""
+    if block_length is None:
+        raise ValueError(
+            "MaskedDecoder: hidden_of_blocks must be asked of a block-causal model, got one of full attention, whose "
+            "blocks also see the masks of later ones. Use hidden, or load_model(…, block_length=n)."
+        )
+    _check(noisy, attention_mask, position_ids)
+    if clean.shape != noisy.shape:
+        raise ValueError(
+            f"MaskedDecoder: clean must have the shape of noisy, {tuple(noisy.shape)}, got shape {tuple(clean.shape)}."
+        )
+    if attention_mask is not None and attention_mask.dim() == 4:
+        raise ValueError(
+            f"MaskedDecoder: attention_mask must be of tokens, shape {tuple(noisy.shape)}, beside a clean copy, got "
+            f"shape {tuple(attention_mask.shape)}."
+        )
+    if position_ids is None:
+        position_ids = torch.arange(noisy.shape[1], device=noisy.device).expand_as(noisy)
+    tokens, positions = torch.cat((noisy, clean), 1), position_ids.repeat(1, 2)
+    mask = None if attention_mask is None else attention_mask.bool().repeat(1, 2)
+    blocks = positions.div(block_length, rounding_mode="floor")
+    is_noisy = torch.arange(tokens.shape[1], device=tokens.device) < noisy.shape[1]
+    if backend == "flex_attention":
+        plan: Plan = Flex(mask, blocks, tokens.shape, is_noisy)
+    else:
+        plan = Dense.of(mask, blocks, is_noisy)
+    real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    return Inputs(tokens, real, positions, blocks, plan)
+
+
 def _plan(
     tokens: Tensor, mask: Tensor | None, blocks: Tensor | None, backend: str, cache: KVCache | None
 ) -> Plan:
@@ -85,6 +124,17 @@ def aligned(states: Tensor, real: Tensor, before: Tensor | None) -> Tensor:
     source = torch.where(first, columns, previous)
     moved = states.gather(1, source[..., None].expand_as(states))
     return moved if before is None else torch.where(first[..., None], before[:, None], moved)
+
+
+def aligned_streams(states: Tensor, inputs: Inputs) -> Tensor:
+    """As aligned, of the noisy copy: a block's first token is predicted by the clean copy of the token before it."""
+    assert inputs.blocks is not None, "read_streams gives them"
+    length = states.shape[1] // 2
+    real, blocks = inputs.real[:, :length], inputs.blocks[:, :length]
+    own, clean = (aligned(part, real, None) for part in states.split(length, 1))
+    block = blocks[..., None]
+    opens = aligned(block, real, None) != block
+    return torch.where(opens, clean, own)
 
 
 def _check(tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:

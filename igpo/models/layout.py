@@ -39,6 +39,15 @@ def block_visible(blocks: Tensor, query_blocks: Tensor | None = None) -> Tensor:
     return blocks[:, None, None, :] <= queries[:, None, :, None]
 
 
+def stream_sees(
+    query_block: Tensor, key_block: Tensor, query_noisy: Tensor, key_noisy: Tensor
+) -> Tensor:
+    """Of [noisy || clean]: a noisy query sees the noisy keys of its block and the clean ones of the blocks before; a
+    clean one sees the clean keys up to its block. Source: arXiv:2503.09573 (BD3-LM)."""
+    of_clean = ~key_noisy & (key_block <= query_block - query_noisy.long())
+    return of_clean | (query_noisy & key_noisy & (key_block == query_block))
+
+
 class Dense:
     """Padding is computed with and hidden by the mask."""
 
@@ -46,13 +55,17 @@ class Dense:
         self.visible = visible
 
     @classmethod
-    def of(cls, real: Tensor | None, blocks: Tensor | None) -> Dense:
+    def of(cls, real: Tensor | None, blocks: Tensor | None, noisy: Tensor | None = None) -> Dense:
+        """noisy: (T,) bool, the columns of the noisy copy; None: there is one copy."""
         if blocks is None:
             if real is None:
                 return cls(None)
             # a sequence of padding only sees itself: softmax over no key at all would be NaN
             return cls((real | ~real.any(-1, keepdim=True))[:, None, None, :])
         visible = block_visible(blocks)
+        if noisy is not None:
+            queries, keys = blocks[:, None, :, None], blocks[:, None, None, :]
+            visible = stream_sees(queries, keys, noisy[:, None], noisy)
         if real is not None:
             itself = torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
             visible = visible & real[:, None, None, :] | itself
@@ -139,7 +152,9 @@ class FlashVarlen(Packed):
 class Flex(Dense):
     """Padding and blocks as a rule that FlexAttention compiles: whole tiles nobody sees are skipped."""
 
-    def __init__(self, real: Tensor | None, blocks: Tensor | None, shape: Sequence[int]) -> None:
+    def __init__(
+        self, real: Tensor | None, blocks: Tensor | None, shape: Sequence[int], noisy: Tensor | None = None
+    ) -> None:  # fmt: skip
         super().__init__(None)
         if real is None and blocks is None:
             self.block_mask = None
@@ -148,6 +163,8 @@ class Flex(Dense):
 
         def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             seen = (k >= 0) if real is None else real[b, k]
+            if blocks is not None and noisy is not None:
+                return seen & stream_sees(blocks[b, q], blocks[b, k], noisy[q], noisy[k])
             return seen if blocks is None else seen & (blocks[b, k] <= blocks[b, q])
 
         size, length = shape
