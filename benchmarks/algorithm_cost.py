@@ -2,9 +2,9 @@
 
     python benchmarks/algorithm_cost.py [--out FILE.json] [NAME ...]
 
-Each preset at its own canvas, steps, draws and inner updates, on a decoder so small that a CPU does it in a minute;
-completions are random and rollouts are not counted. Memory is the peak of torch's CPU allocator over one inner update
-(gradients and activations, not weights), with constant_memory on and off.
+Each preset at its own canvas (LONGEST tokens at most), steps, draws and inner updates, on a decoder so small that a CPU
+does it in a minute; completions are random and rollouts are not counted. Memory is the peak of torch's CPU allocator
+over one inner update (gradients and activations, not weights), with constant_memory on and off.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from run import machine
+from report import machine
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -31,6 +31,7 @@ from igpo.rollout import pseudo_order, steps_per_block
 from igpo.types import Graded, PolicyBatch, Predictions, Prompt, Rollouts, Seed
 
 ROWS, WORDS, SEED = 4, 512, Seed(0).at(1)
+LONGEST = 512  # round: longer completions change no count
 MASK, EOS, PAD = WORDS - 1, WORDS - 2, WORDS - 3
 
 
@@ -44,21 +45,35 @@ class Counting:
     head_bias: Tensor | None = field(default=None)
 
     def hidden(self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None):
-        if torch.is_grad_enabled():
-            self.with_graph += len(tokens)
-        else:
-            self.plain += len(tokens)
+        self.count(len(tokens))
         return self.model.hidden(tokens, attention_mask, position_ids)
+
+    def hidden_of_blocks(
+        self, noisy: Tensor, clean: Tensor, attention_mask: Tensor, position_ids: Tensor
+    ):
+        """Counted as one forward, of twice the tokens."""
+        self.count(len(noisy))
+        return self.model.hidden_of_blocks(noisy, clean, attention_mask, position_ids)
+
+    def count(self, sequences: int) -> None:
+        if torch.is_grad_enabled():
+            self.with_graph += sequences
+        else:
+            self.plain += sequences
+
+    @property
+    def block_length(self) -> int | None:
+        return self.model.block_length
 
     @property
     def head_weight(self) -> Tensor:
         return self.model.head_weight
 
 
-def decoder() -> MaskedDecoder:
+def decoder(block_length: int | None) -> MaskedDecoder:
     config = MaskedDecoderConfig(
         vocab_size=WORDS, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        mask_token_id=MASK, eos_token_id=EOS, pad_token_id=PAD,
+        mask_token_id=MASK, eos_token_id=EOS, pad_token_id=PAD, block_length=block_length,
     )  # fmt: skip
     return MaskedDecoder.from_seed(config, Seed(0))
 
@@ -70,6 +85,17 @@ def merged(base, changes):
             value, new = getattr(base, item.name), changes[item.name]
             kept[item.name] = merged(value, new) if is_dataclass(value) else new
     return replace(base, **kept)
+
+
+def shortened(cfg: Config) -> Config:
+    """At most LONGEST tokens, with as many a step."""
+    rollout = cfg.rollout
+    if (length := rollout.max_completion_length) <= LONGEST:
+        return cfg
+    steps = rollout.diffusion_steps * LONGEST // length
+    return replace(
+        cfg, rollout=replace(rollout, max_completion_length=LONGEST, diffusion_steps=steps)
+    )
 
 
 def random_rollouts(cfg: Config, explorer: str) -> Graded:
@@ -114,10 +140,10 @@ def peak_mib(work) -> float:
 
 
 def measure(name: str) -> dict[str, object]:
-    cfg = merged(Config(), PRESETS[name])
+    cfg = shortened(merged(Config(), PRESETS[name]))
     algorithm = build_algorithm(cfg.rl, cfg.rollout, lambda rollouts, prompts: None, pad_id=PAD)  # type: ignore[arg-type, return-value]
     graded = random_rollouts(cfg, ALGORITHMS[cfg.rl.algorithm].explorer)
-    policy, frozen = Counting(decoder()), Counting(decoder())
+    policy, frozen = (Counting(decoder(algorithm.likelihood.block_length)) for _ in range(2))
 
     @contextmanager
     def reference():

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from run import machine
+from report import machine
 
 from igpo.rl import likelihood as lk
 from igpo.rl.likelihood.trajectory import _strata

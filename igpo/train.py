@@ -160,6 +160,7 @@ def set_up(cfg: Config) -> Run:
     grade = make_grader(tokenizer, cfg.reward)
     algorithm = build_algorithm(cfg.rl, cfg.rollout, grade, pad_id=tokenizer.pad_token_id)
     policy = build_policy(cfg, tokenizer)
+    algorithm.likelihood.check(policy)
     # before a checkpoint's weights are loaded
     reference = reference_of(policy, cfg) if algorithm.likelihood.needs_reference else None
     updater = Updater(policy, cfg.train, cfg.train.max_steps * cfg.rl.num_iterations)

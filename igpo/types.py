@@ -168,6 +168,8 @@ class Draw:
     masked: (B, T) bool, what the canvas hides.   score: (B, L) bool.   weight: (B, L) float32 or None for ones.
     step: (B,) int64, the denoise step whose canvas this is; None when it is none of the rollout's.
     targets: (B, L) int64, the tokens to score; None: the completion.
+    beside_clean: every block is read behind the finished blocks before it (`BlockPolicy.hidden_of_blocks`) instead of
+    behind what of them is on this canvas.
     """
 
     masked: Tensor
@@ -175,6 +177,7 @@ class Draw:
     weight: Tensor | None = None
     step: Tensor | None = None
     targets: Tensor | None = None
+    beside_clean: bool = False
 
     def canvas(self, tokens: Tensor, mask_id: int) -> Tensor:
         """(B, T) int64: the canvas to forward, of the completed one."""
@@ -225,6 +228,25 @@ class Policy(Protocol):
     @property
     def head_bias(self) -> Tensor | None:
         """(V,) or None."""
+        ...
+
+
+class BlockPolicy(Policy, Protocol):
+    """A policy whose attention is causal between blocks of block_length positions."""
+
+    @property
+    def block_length(self) -> int | None:
+        """Of its blocks, which count from a row's first token; None when it has none after all."""
+        ...
+
+    def hidden_of_blocks(
+        self,
+        noisy: Tensor,
+        clean: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> Tensor:
+        """(B, T) int64, twice -> (B, T, D): as `hidden` of clean up to the block of a row, and noisy in it."""
         ...
 
 

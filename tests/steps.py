@@ -56,15 +56,16 @@ def parity(rollouts):
 
 def prepared(toy, cfg: AlgorithmConfig, start=None, *, batch_size: int = 64) -> Step:
     """start: the canvas; None: three prompts of different lengths, padded."""
-    policy, frozen = toy.Policy(dtype=torch.float64), toy.Policy(dtype=torch.float64, seed=1)
+    grade = toy.grader(parity)
+    rollout = replace(toy.rollout, rollout_batch_size=batch_size)
+    algorithm = build_algorithm(cfg, rollout, grade, pad_id=toy.pad)
+    make = toy.BlockPolicy if algorithm.likelihood.block_length else toy.Policy
+    policy, frozen = make(dtype=torch.float64), make(dtype=torch.float64, seed=1)
 
     @contextmanager
     def reference():
         yield frozen
 
-    grade = toy.grader(parity)
-    rollout = replace(toy.rollout, rollout_batch_size=batch_size)
-    algorithm = build_algorithm(cfg, rollout, grade, pad_id=toy.pad)
     problems = toy.prompts()
     rollouts = written(toy, toy.canvas(problems) if start is None else start)
     graded = algorithm.explorer(policy, problems, grade(rollouts, problems), SEED)

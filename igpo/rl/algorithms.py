@@ -100,6 +100,8 @@ ALGORITHMS: dict[str, Composition] = {
     "coupled_grpo": Composition("none", "coupled", "clip"),
     # arXiv:2509.06949: every slice of the recorded trajectory
     "tracerl": Composition("none", "slices", "clip_draws"),
+    # arXiv:2512.22234 (DiRL): the trajectory's own likelihood, a step of all blocks in one pass (block-causal models)
+    "dipo": Composition("none", "block_exact", "clip"),
     # arXiv:2510.02212: two canvases, corrected for the real sampler
     "diffpo": Composition("none", "two_mean_field", "clip", reweigh="behaviour"),
     # arXiv:2506.14731 (Ring-lite): GRPO whose loss is divided by a budget of tokens
@@ -167,6 +169,7 @@ def _likelihood(
         always_old=reweigh != "none",
         once=reweigh == "target",
         temperature=cfg.draws.likelihood_temperature,
+        block_length=rollout.block_length if estimator.block_causal else None,
     )
 
 

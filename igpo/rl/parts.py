@@ -28,6 +28,7 @@ from .likelihood import (
     DrawFunction,
     InnerUpdate,
     add_up,
+    block_exact,
     bounds,
     by_count,
     by_ratio,
@@ -75,13 +76,14 @@ RELEASED_FIRST_LEVEL = 30  # smallest t_0 of the released IGPO code's schedule, 
 class Estimator:
     """A likelihood by name. level: "token" when its values are log-probs of tokens, "sequence" when only their sum over
     the completion has a meaning.   recorded: it needs the step map of a rollout, so hints have no place in it but those
-    that hint_mode gives them."""
+    that hint_mode gives them.   block_causal: it needs a policy whose attention is, in the blocks of the rollout."""
 
     build: Callable[[AlgorithmConfig, RolloutConfig], DrawFunction]
     level: str = "token"
     recorded: bool = False
     apart: bool = False
     predictions: bool = False
+    block_causal: bool = False
 
 
 def _plain(cfg: AlgorithmConfig, rollout: RolloutConfig, grade: Grade, pad_id: int) -> Explorer:
@@ -187,6 +189,11 @@ def _slices(cfg: AlgorithmConfig, rollout: RolloutConfig) -> DrawFunction:
     return _shared(slices, cfg, shrink=cfg.draws.shrink, steps_per_block=steps)
 
 
+def _block_exact(cfg: AlgorithmConfig, rollout: RolloutConfig) -> DrawFunction:
+    steps = steps_per_block(rollout.max_completion_length, rollout)
+    return _shared(block_exact, cfg, steps_per_block=steps)
+
+
 def _step_mc(cfg: AlgorithmConfig, rollout: RolloutConfig) -> DrawFunction:
     return partial(
         step_mc, num_iterations=cfg.num_iterations, num_draws=cfg.draws.num_draws, proposal=cfg.draws.step_proposal
@@ -283,6 +290,7 @@ LIKELIHOODS = {
     "elbo_blocks": Estimator(_elbo_blocks, "sequence"),
     "step_map": Estimator(_step_map, recorded=True),
     "slices": Estimator(_slices, recorded=True),
+    "block_exact": Estimator(_block_exact, recorded=True, block_causal=True),
     "step_mc": Estimator(_step_mc, recorded=True, apart=True),
     "two_mean_field": Estimator(_two_mean_field, recorded=True),
     "predicted": Estimator(_predicted, recorded=True, apart=True, predictions=True),

@@ -16,7 +16,8 @@ from igpo.types import Canvas, Graded, Policy, Prompt, Rollouts
 VOCAB, MASK, EOS, PAD = 13, 12, 11, 10
 LENGTH, GROUP = 16, 4
 ROLLOUT = RolloutConfig(
-    max_completion_length=LENGTH, block_length=8, diffusion_steps=8, temperature=1.0, early_stop=False
+    max_completion_length=LENGTH, block_length=8, diffusion_steps=8, temperature=1.0, early_stop=False,
+    use_cache=False,
 )  # fmt: skip
 
 
@@ -53,6 +54,32 @@ class ToyPolicy(nn.Module):
     @property
     def head_bias(self) -> Tensor | None:
         return self.bias
+
+
+class BlockToyPolicy(ToyPolicy):
+    """The same mean, over the blocks up to a position's own."""
+
+    block_length = ROLLOUT.block_length
+
+    def hidden(
+        self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> Tensor:
+        return self.hidden_of_blocks(tokens, tokens, attention_mask, position_ids)
+
+    def hidden_of_blocks(
+        self, noisy: Tensor, clean: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> Tensor:  # fmt: skip
+        assert attention_mask is not None
+        assert position_ids is not None
+        self.forwards.append(noisy)
+        block, real = position_ids // self.block_length, attention_mask[:, None]
+        own = ((block[:, None] == block[..., None]) & real).to(self.mix.dtype)
+        before = ((block[:, None] < block[..., None]) & real).to(self.mix.dtype)
+        total = own @ self.embedding[noisy] + before @ self.embedding[clean]
+        context = total / (own + before).sum(-1, keepdim=True).clamp(min=1)
+        return torch.tanh(
+            (self.embedding[noisy] + self.place[position_ids] + 2 * context) @ self.mix
+        )
 
 
 def prompts(count: int = 3, *, hint_length: int = 12) -> list[Prompt]:
@@ -130,7 +157,7 @@ def logprobs(policy: Policy, start: Canvas, tokens: Tensor) -> Tensor:
 def toy() -> SimpleNamespace:
     """The toy world: ToyPolicy, prompts, canvas, rolled, graded, grader, logprobs and its constants."""
     return SimpleNamespace(
-        Policy=ToyPolicy, prompts=prompts, canvas=canvas, rolled=rolled, graded=graded, grader=grader,
-        logprobs=logprobs, rollout=ROLLOUT, mask=MASK, eos=EOS, pad=PAD, vocab=VOCAB, length=LENGTH,
-        group=GROUP,
+        Policy=ToyPolicy, BlockPolicy=BlockToyPolicy, prompts=prompts, canvas=canvas, rolled=rolled,
+        graded=graded, grader=grader, logprobs=logprobs, rollout=ROLLOUT, mask=MASK, eos=EOS,
+        pad=PAD, vocab=VOCAB, length=LENGTH, group=GROUP,
     )  # fmt: skip

@@ -40,14 +40,15 @@ def step(toy):
     """step(cfg, correct) -> everything a training step computes, up to the loss and its gradient."""
 
     def run(cfg, correct, rows_per_forward=12):
-        policy, frozen = toy.Policy(), toy.Policy(seed=1)
+        grade = toy.grader(correct)
+        algorithm = build_algorithm(cfg, toy.rollout, grade, pad_id=toy.pad)
+        make = toy.BlockPolicy if algorithm.likelihood.block_length else toy.Policy
+        policy, frozen = make(), make(seed=1)
 
         @contextmanager
         def reference():
             yield frozen
 
-        grade = toy.grader(correct)
-        algorithm = build_algorithm(cfg, toy.rollout, grade, pad_id=toy.pad)
         problems = toy.prompts()
         rollouts = denoise(policy, toy.canvas(problems), toy.rollout, SEED)
         graded = algorithm.explorer(policy, problems, grade(rollouts, problems), SEED)

@@ -91,7 +91,8 @@ def test_equal_rewards_leave_nothing_to_learn(toy, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "likelihood", ["elbo", "elbo_pairs", "elbo_blocks", "coupled", "two_mean_field", "slices"]
+    "likelihood",
+    ["elbo", "elbo_pairs", "elbo_blocks", "coupled", "two_mean_field", "slices", "block_exact"],
 )
 def test_inpainting_composes_with_every_likelihood(toy, likelihood: str) -> None:
     """A hinted row: hint_mode=score gives hints a gradient, condition leaves them visible and unread."""

@@ -13,7 +13,9 @@ import torch
 
 from igpo.config import Config
 from igpo.logging import RunLog
-from igpo.rl.algorithms import ALGORITHMS, build_algorithm
+from igpo.models import MaskedDecoder, MaskedDecoderConfig
+from igpo.policy import load_tokenizer
+from igpo.rl.algorithms import ALGORITHMS, LIKELIHOODS, build_algorithm
 from igpo.train import set_up, train
 from igpo.types import Graded, Prompt, Rollouts
 
@@ -24,7 +26,7 @@ OPTIONS = {
     "c3po": ("loss_type=budget", TOKEN, "token_budget=64"),
     "tracerl": ("kl_to=old", "shrink=1"),
     "agrpo": ("kl_estimator=k3_ratio",),
-    **dict.fromkeys(("grpo", "unigrpo", "coupled_grpo", "diffpo"), (TOKEN,)),
+    **dict.fromkeys(("grpo", "unigrpo", "coupled_grpo", "diffpo", "dipo"), (TOKEN,)),
 }
 
 
@@ -44,11 +46,39 @@ def logged(cfg: Config) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
+@pytest.fixture
+def block_causal(tiny: Callable[..., Config], tmp_path: Path) -> str:
+    """The setting that names a very small model of blocks of 4."""
+    tokenizer = load_tokenizer(tiny().model)
+    shape = MaskedDecoderConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        mask_token_id=tokenizer.mask_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, block_length=4,
+    )  # fmt: skip
+    for part in (MaskedDecoder.from_seed(shape, 0), tokenizer):
+        part.save_pretrained(tmp_path / "blocks")
+    return f"model_name_or_path={tmp_path / 'blocks'}"
+
+
+def test_dipo_is_refused_before_a_run_begins(tiny: Callable[..., Config]) -> None:
+    with pytest.raises(ValueError, match="policy must be block-causal with block_length=4"):
+        set_up(tiny("algorithm=dipo", TOKEN))
+
+
+@pytest.mark.parametrize("setting", ["use_lora=true", "gradient_checkpointing=true"])
+def test_dipo_trains_through_adapters_and_checkpoints(
+    tiny: Callable[..., Config], block_causal: str, setting: str
+) -> None:
+    cfg = tiny("algorithm=dipo", TOKEN, block_causal, setting, "max_steps=1", "save_steps=0")
+    assert logged(cfg)[0]["grad_norm"] > 1e-6
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_trains(tiny: Callable[..., Config], name: str) -> None:
+def test_trains(tiny: Callable[..., Config], block_causal: str, name: str) -> None:
+    model = (block_causal,) if LIKELIHOODS[ALGORITHMS[name].likelihood].block_causal else ()
     cfg = tiny(
         f"algorithm={name}", "max_steps=2", "save_steps=0", "num_predictions=2", "kept_predictions=1",
-        "num_values=1", "beta=0.05", "entropy_filter=1", *OPTIONS.get(name, ()),
+        "num_values=1", "beta=0.05", "entropy_filter=1", *model, *OPTIONS.get(name, ()),
     )  # fmt: skip
     for line in logged(cfg):
         assert all(math.isfinite(number) for number in line.values())

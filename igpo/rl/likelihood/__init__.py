@@ -9,13 +9,14 @@ from .combine import add_up, bounds, halves, keep_apart
 from .draws import DrawFunction, InnerUpdate, coupled, mask_schedule, mean_field, random_mask
 from .elbo import by_count, by_ratio, complements, elbo, in_block, in_pairs
 from .evaluate import Likelihood, evaluate
-from .trajectory import predicted, slices, step_map, step_mc, two_mean_field
+from .trajectory import block_exact, predicted, slices, step_map, step_mc, two_mean_field
 
 __all__ = [
     "DrawFunction",
     "InnerUpdate",
     "Likelihood",
     "add_up",
+    "block_exact",
     "bounds",
     "by_count",
     "by_ratio",

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from igpo.ops import keep_top_entropy, linear_logprob
-from igpo.types import Canvas, Draw, Graded, Policy, PolicyBatch, Rollouts, Seed, take
+from igpo.types import BlockPolicy, Canvas, Draw, Graded, Policy, PolicyBatch, Rollouts, Seed, take
 
 from .combine import add_up, keep_apart
 from .draws import DrawFunction, InnerUpdate
@@ -30,7 +31,8 @@ class Likelihood:
     canvas.   batch_size: rows per forward of `prepare`.   combine: from the log-probs of J draws to a value: `add_up`
     to (B, L), `keep_apart` to (B, J, L), or another of combine.py.   always_old: evaluate the old policy even when
     there is one inner update.   once: evaluate the old policy and the reference on the draws of the first inner update
-    only.   temperature: of the softmax that is scored.
+    only.   temperature: of the softmax that is scored.   block_length: of the block-causal policy that the draws need;
+    None: any policy will do.
 
     No module is switched between train and eval mode here, so the three evaluations see the same mode; with dropout
     active they still differ from one another, and the first ratio is not 1.
@@ -47,6 +49,17 @@ class Likelihood:
     always_old: bool = False
     once: bool = False
     temperature: float = 1.0
+    block_length: int | None = None
+
+    def check(self, policy: Policy) -> None:
+        """Raises ValueError when the draws cannot be scored under this policy."""
+        found = getattr(policy, "block_length", None)
+        if self.block_length not in (None, found):
+            raise ValueError(
+                f"likelihood: the policy must be block-causal with block_length={self.block_length}, for blocks to be "
+                f"scored behind finished ones, got {found or 'one of full attention'}. "
+                + (f"Set block_length={found}." if found else "Use likelihood=slices and shrink=1.")
+            )
 
     @torch.no_grad()
     def prepare(
@@ -58,8 +71,9 @@ class Likelihood:
         policy's own values, detached. Call it before the first update of the batch.
 
         Raises:
-            ValueError: a KL term without a reference; mask_after_eos without an eos_id.
+            ValueError: a KL term without a reference; mask_after_eos without an eos_id; see `check`.
         """
+        self.check(policy)
         if self.needs_reference and reference is None:
             raise ValueError(
                 "likelihood: reference must be given for a KL term, got None. Pass the frozen model "
@@ -191,11 +205,12 @@ def score(
     rows = draw.score.any(1).nonzero()[:, 0]
     if rows.numel() == 0:
         rows = torch.arange(min(1, len(tokens)), device=tokens.device)
-    hidden = policy.hidden(
-        draw.canvas(tokens, canvas.mask_id)[rows],
-        canvas.attention_mask[rows],
-        canvas.position_ids[rows],
-    )
+    masked = draw.canvas(tokens, canvas.mask_id)[rows]
+    place = canvas.attention_mask[rows], canvas.position_ids[rows]
+    if draw.beside_clean:
+        hidden = cast(BlockPolicy, policy).hidden_of_blocks(masked, tokens[rows], *place)
+    else:
+        hidden = policy.hidden(masked, *place)
     read = draw.score[rows]
     targets = tokens[:, canvas.prompt_length :] if draw.targets is None else draw.targets
     logprob, entropy = linear_logprob(

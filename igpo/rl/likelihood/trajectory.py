@@ -170,6 +170,43 @@ def step_mc(
     return updates
 
 
+def block_exact(
+    rollouts: Rollouts,
+    seed: Seed,
+    *,
+    num_iterations: int,
+    steps_per_block: int,
+    hint_mode: str = "score",
+) -> list[InnerUpdate]:
+    """log p(o^k | finished blocks before, its block before the step that committed o^k): the trajectory's own.
+
+    Draw r has every block at the canvas before its r-th step, beside the completed one, and reads what that step
+    committed in all of them: as many draws as the longest block has steps. For block-causal policies, whose blocks do
+    not see later ones. The same in every inner update. Hints: "condition" leaves them visible; "score" reads them from
+    one more draw, whose blocks are masked. Source: arXiv:2512.22234 (DiRL), one-pass logits.
+    """
+    order, num_steps = rollouts.step_map, rollouts.num_steps
+    generated = (order != GIVEN) & (order < num_steps[:, None])
+    filled = (order != GIVEN) & ~generated
+    # every block starts a new run of steps_per_block steps and commits from its first step on
+    rank = order % steps_per_block
+    count = int(rank[generated].max()) + 1 if bool(generated.any()) else 1
+    draws = [
+        Draw(
+            on_canvas(rollouts, filled | generated & (rank >= index)),
+            generated & (rank == index),
+            beside_clean=True,
+        )
+        for index in range(count)
+    ]
+    counted = generated
+    if hint_mode == "score" and bool((order == GIVEN).any()):
+        hints, everything = order == GIVEN, torch.ones_like(generated)
+        draws.append(Draw(on_canvas(rollouts, everything), hints, beside_clean=True))
+        counted = generated | hints
+    return [InnerUpdate(tuple(draws), counted)] * num_iterations
+
+
 def two_mean_field(
     rollouts: Rollouts, seed: Seed, *, num_iterations: int, hint_mode: str = "score"
 ) -> list[InnerUpdate]:

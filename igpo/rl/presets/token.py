@@ -2,8 +2,9 @@
 
 [agrpo] arXiv:2510.04019, released code of 2026-05-11, its GSM8K configuration.   [mmada] arXiv:2505.15809, section 4.3.
 [coupled] arXiv:2506.20639 (DiffuCoder), released code of 2025-07-08.   [tracerl] arXiv:2509.06949, released code of
-2026-01-28, its LLaDA configuration.   [diffpo] arXiv:2510.02212.   [c3po] arXiv:2506.14731.   [mdpo] arXiv:2508.13148,
-the command of its repository, 2025-10-21.   [vineppo] arXiv:2410.01679.   [d1] as in igpo.py.
+2026-01-28, its LLaDA configuration.   [dipo] arXiv:2512.22234 (DiRL), released code of 2026-01-20.   [diffpo]
+arXiv:2510.02212.   [c3po] arXiv:2506.14731.   [mdpo] arXiv:2508.13148, the command of its repository, 2025-10-21.
+[vineppo] arXiv:2410.01679.   [d1] as in igpo.py.
 """
 
 from __future__ import annotations
@@ -111,6 +112,33 @@ PRESETS: dict[str, Preset] = {
         "train": {
             "prompts_per_step": 32,  # [tracerl] tasks
             "learning_rate": 1e-6,  # [tracerl]
+        },
+    },
+    "dipo": {
+        "rl": {
+            "algorithm": "dipo",
+            "num_generations": 32,  # [dipo] 128 prompts of 32; the code's example has 8
+            "num_iterations": 1,  # [dipo] equation 7: the old policy is the policy
+            "scale_rewards": "group",  # [dipo] z-score; groups of equal rewards, dropped there, get the KL term
+            "importance_sampling_level": "token",  # [dipo] equation 6
+            "epsilon": 0.2,  # [dipo]
+            "epsilon_high": 0.28,  # [dipo] epsilon + 0.08
+            "beta": 0.1,  # [dipo] its code; the paper gives no value
+            "kl_estimator": "k3",  # [dipo]
+            "loss_type": "bnpo",  # [dipo] equation 7: by the number of tokens
+        },
+        "rollout": {
+            "max_completion_length": 8192,  # [dipo]
+            "block_length": 4,  # [dipo] SDAR's
+            "diffusion_steps": 8192,  # [dipo] its static form; ours: no confidence threshold (0.9) commits more at once
+            "temperature": 1.0,  # [dipo]; its top_k 50 has no counterpart here
+        },
+        "train": {
+            "prompts_per_step": 128,  # [dipo]
+            "learning_rate": 1e-6,  # [dipo]
+        },
+        "model": {
+            "attn_implementation": "flex_attention",  # [dipo]; a CPU needs sdpa
         },
     },
     "diffpo": {
