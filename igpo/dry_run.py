@@ -21,6 +21,8 @@ from . import train as train_program
 from .config import Config, ConfigError, DataOptions
 from .logging import output, say
 from .models import MaskedDecoder, MaskedDecoderConfig
+from .models.families import family_of
+from .models.loading import CLASSES
 from .policy import build_policy, load_tokenizer, placement
 from .types import Metrics
 
@@ -52,7 +54,7 @@ def _dry_run(cfg: Config, program: Callable[[Config], Metrics], *, is_sft: bool)
     dataset_report.run(cfg, DataOptions())
     say(f"{STEPS} steps with a small model of random weights:")
     with tempfile.TemporaryDirectory(prefix="igpo-dry-run-") as folder:
-        last = program(small(cfg, Path(folder)))
+        last = program(small(cfg, Path(folder), shape.block_length))
     output.print(_titled("the last step", {k: v for k, v in last.items() if v is not None}, ".4g"))
     say("dry run: passed")
 
@@ -72,7 +74,10 @@ def model_shape(cfg: Config) -> MaskedDecoderConfig:
     if not file.is_file():
         raise ConfigError(f"model_name_or_path: there is no {file}.")
     found = json.loads(file.read_text(encoding="utf-8"))
-    return MaskedDecoderConfig(**{"mask_token_id": 0, **found})
+    if found.get("model_type") in (None, MaskedDecoderConfig.model_type):
+        return MaskedDecoderConfig(**{"mask_token_id": 0, **found})
+    family_of(found)
+    return CLASSES[found["model_type"]][0].from_dict(found)
 
 
 def parameters(shape: MaskedDecoderConfig, cfg: Config) -> tuple[int, int]:
@@ -144,8 +149,8 @@ def work(cfg: Config, shape: MaskedDecoderConfig, *, is_sft: bool) -> dict[str, 
     }
 
 
-def small(cfg: Config, folder: Path) -> Config:
-    """The same run of STEPS steps with a small model: settings, data, template, rewards and adapters stay."""
+def small(cfg: Config, folder: Path, block_length: int | None) -> Config:
+    """The same run of STEPS steps with a small model: settings, data, template, rewards, adapters and blocks stay."""
     model = replace(
         cfg.model, **_SMALL, model_name_or_path=None,
         tokenizer_name_or_path=cfg.model.tokenizer_name_or_path or cfg.model.model_name_or_path,
@@ -155,11 +160,13 @@ def small(cfg: Config, folder: Path) -> Config:
         eval_steps=0, resume_from_checkpoint=None, report_to=(), log_completions=False,
     )  # fmt: skip
     made = replace(cfg, model=model, train=train, sft=replace(cfg.sft, sft_batch_size=2))
-    if cfg.lora.use_lora:  # adapters belong to a saved model
+    if cfg.lora.use_lora or block_length:  # adapters and blocks belong to a saved model
         saved = folder / "model"
         tokenizer = load_tokenizer(model)
         plain: Any = replace(made, lora=replace(cfg.lora, use_lora=False))
-        for part in (build_policy(plain, tokenizer), tokenizer):
+        policy = build_policy(plain, tokenizer)
+        policy.config.block_length = block_length
+        for part in (policy, tokenizer):
             part.save_pretrained(saved)
         made = replace(made, model=replace(model, model_name_or_path=str(saved)))
     return made

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from public_configs import PUBLIC
 
 from igpo.cli import main
 from igpo.config import Config, LoraConfig, ModelConfig
@@ -106,6 +107,19 @@ def test_dry_run_of_training(
         assert text in said.out
     assert "0 + 3 =" in said.out
     assert not (tmp_path / "never").exists()
+
+
+def test_dry_run_has_the_blocks_of_the_model(
+    problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = {"mask_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    model = tmp_path / "sdar"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(PUBLIC["sdar"] | ids))
+    made = [*words(problems, tmp_path), f"model_name_or_path={model}", "attn_implementation=sdpa"]
+    sizes = ["max_completion_length=8", "block_length=4", "diffusion_steps=8", "num_generations=2"]
+    assert main(["train", "preset=dipo", *made, *sizes, "--dry-run"]) == 0
+    assert "dry run: passed" in capsys.readouterr().err
 
 
 def test_dry_run_of_sft(problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
