@@ -63,7 +63,14 @@ class RolloutConfig:
     block_length: int = 32
     diffusion_steps: int = 128  # over the whole completion: 2 tokens a step
     temperature: float = 1.2
-    remasking: str = "low_confidence"  # or random
+    # or random; Dream's maskgit_plus, topk_margin, entropy, origin (docs/sampling.md)
+    remasking: str = "low_confidence"
+    unmask_schedule: str = "even"  # or dream: floor(masked * (1 - s/t)) a step, the rest at the end
+    alg_temp: float = 0.0  # Dream: positions are drawn, softmax(score / alg_temp); 0: the highest
+    # beyond the schedule's number a step commits (one of the three at most) …
+    threshold: float | None = None  # … all scores from here on (Fast-dLLM: 0.9)
+    factor: float | None = None  # … n while (n + 1)(1 - score) <= factor (Fast-dLLM: 1)
+    entropy_bound: float | None = None  # … while entropies sum to at most this, nats (EB-Sampler)
     suppress_tokens: tuple[int, ...] = ()
     early_stop: bool = True  # stop a sequence once a block of it is all EOS
     use_cache: bool = True  # block-causal models keep keys and values of finished blocks; exact
