@@ -72,6 +72,12 @@ class RolloutConfig:
     factor: float | None = None  # … n while (n + 1)(1 - score) <= factor (Fast-dLLM: 1)
     entropy_bound: float | None = None  # … while entropies sum to at most this, nats (EB-Sampler)
     suppress_tokens: tuple[int, ...] = ()
+    top_k: int = (
+        0  # tokens a draw chooses from; 0: all. top_p, min_p: of softmax(logits / temperature)
+    )
+    top_p: float = 1.0
+    min_p: float = 0.0  # times the largest probability
+    record_support: bool = False  # keep these tokens' ids for every commit; needs top_k
     early_stop: bool = True  # stop a sequence once a block of it is all EOS
     use_cache: bool = True  # block-causal models keep keys and values of finished blocks; exact
     rollout_batch_size: int = 64  # sequences denoised at once; does not change anyone's tokens

@@ -132,6 +132,9 @@ class Rollouts:
     num_steps: Tensor
     num_forwards: int
     predictions: Predictions | None = None  # where an explorer made some
+    # (B, L, top_k) int32, cfg.record_support: the ids a token was drawn from, most probable first, -1 where there are
+    # fewer or nothing was drawn. commit_logprob and commit_entropy are then of softmax(logits/temperature) over these.
+    support: Tensor | None = None
 
     @property
     def completion(self) -> Tensor:

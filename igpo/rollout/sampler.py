@@ -14,6 +14,7 @@ from igpo.ops.unmask_step import UnmaskResult
 from igpo.types import GIVEN, Canvas, Policy, Rollouts, Seed
 
 from .block_cache import BlockCache
+from .filters import check_filters, filtered, is_filtered
 from .rules import Moment, build_rule
 from .schedule import SCHEDULES, Part, counted, groups, scheduled, steps_per_block
 
@@ -54,10 +55,17 @@ class Sampler:
         self.seed = seed.named(f"rollout/{seed.step}").value
         self.choice_seed = seed.named(f"rollout/{seed.step}/positions").value
         self.suppressed = torch.tensor((canvas.mask_id, *cfg.suppress_tokens), device=device)
+        inside = [t for t in (canvas.mask_id, *cfg.suppress_tokens) if t < len(policy.head_weight)]
+        self.banned = torch.tensor(inside, dtype=torch.int64, device=device)
         self.tokens = canvas.tokens.clone()
         self.step_map = torch.full_like(canvas.completion, GIVEN)
         self.logprob = torch.zeros(size, length, device=device)
         self.entropy = torch.zeros_like(self.logprob)
+        self.support = None
+        if cfg.record_support:
+            self.support = torch.full(
+                (size, length, cfg.top_k), -1, dtype=torch.int32, device=device
+            )
         self.num_steps = [blocks * self.steps for blocks in self.num_blocks]
         self.num_forwards = 0
 
@@ -79,7 +87,8 @@ class Sampler:
     def rollouts(self) -> Rollouts:
         num_steps = torch.tensor(self.num_steps, dtype=torch.int64, device=self.tokens.device)
         return Rollouts(
-            self.canvas, self.tokens, self.step_map, self.logprob, self.entropy, num_steps, self.num_forwards
+            self.canvas, self.tokens, self.step_map, self.logprob, self.entropy, num_steps, self.num_forwards,
+            support=self.support,
         )  # fmt: skip
 
     def columns(self, block: int, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,6 +157,9 @@ class Sampler:
         moment = Moment(
             part.quota, step, self.steps, self.choice_seed, tick, self.canvas.row_ids[rows]
         )
+        support = None
+        if is_filtered(self.cfg):
+            logits, support = filtered(logits, self.banned, self.cfg)
         result = self._result(logits, self.tokens[there, columns + shift], moment)
         self.tokens[there, columns + shift] = result.tokens
         for record, value in (
@@ -156,6 +168,10 @@ class Sampler:
             (self.entropy, result.entropy.float()),
         ):
             record[there, columns] = torch.where(result.committed, value, record[there, columns])
+        if self.support is not None and support is not None:
+            self.support[there, columns] = torch.where(
+                result.committed[..., None], support.int(), self.support[there, columns]
+            )
 
     def _result(self, logits: Tensor, tokens: Tensor, at: Moment) -> UnmaskResult:
         """One call of unmask_step, and the rule's own choice among its candidates where it has one."""
@@ -229,6 +245,7 @@ def _check(policy: Policy, canvas: Canvas, cfg: RolloutConfig) -> None:
             f"denoise: block_length must be the policy's own, {grid}, got {cfg.block_length}. Set block_length={grid}."
         )
     vocabulary = policy.head_weight.shape[0]
+    check_filters(cfg, vocabulary)
     if any(not 0 <= token < vocabulary for token in cfg.suppress_tokens):
         raise ValueError(
             f"denoise: suppress_tokens must be in [0, {vocabulary}), got {cfg.suppress_tokens}."
