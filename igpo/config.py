@@ -72,6 +72,9 @@ class RolloutConfig:
     factor: float | None = None  # … n while (n + 1)(1 - score) <= factor (Fast-dLLM: 1)
     entropy_bound: float | None = None  # … while entropies sum to at most this, nats (EB-Sampler)
     suppress_tokens: tuple[int, ...] = ()
+    # drawn, but committed last (LLaDA's confidence_eos_eot_inf: the ids of EOS and EOT)
+    defer_tokens: tuple[int, ...] = ()
+    cfg_scale: float = 0.0  # classifier-free guidance, two forwards a step; 0: none
     top_k: int = (
         0  # tokens a draw chooses from; 0: all. top_p, min_p: of softmax(logits / temperature)
     )

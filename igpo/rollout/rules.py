@@ -68,7 +68,8 @@ def prefix(score: Tensor, valid: Tensor, fits: Callable[[Tensor], Tensor], quota
     """
     rank = ranks(score, valid)
     order = rank.argsort(1)
-    run = (fits(order) & valid.gather(1, order)).byte().cumprod(1).sum(1, keepdim=True)
+    free = valid & (score > -torch.inf)  # deferred ones join no run
+    run = (fits(order) & free.gather(1, order)).byte().cumprod(1).sum(1, keepdim=True)
     return valid & (rank < run.clamp_min(max(1, quota)))
 
 
@@ -132,6 +133,17 @@ def entropy_bounded(bound: float) -> Choose:
     return choose
 
 
+def deferring(choose: Choose, tokens: tuple[int, ...]) -> Choose:
+    """The choice with positions whose candidate is one of `tokens` after all others."""
+
+    def late(result: UnmaskResult, at: Moment) -> Tensor:
+        ids = torch.tensor(tokens, device=result.tokens.device)
+        score = result.score.masked_fill(torch.isin(result.tokens, ids), -torch.inf)
+        return choose(result._replace(score=score), at)
+
+    return late
+
+
 def independently(result: UnmaskResult, at: Moment) -> Tensor:
     """Each column with probability 1 - s/t on Dream's grid from t = 1 to 1e-3, all at the last step of the block."""
     last = at.step == at.steps - 1
@@ -178,10 +190,14 @@ def build_rule(cfg: RolloutConfig) -> Rule:
     }
     given = {name: value for name, (value, _) in options.items() if value is not None}
     _check(cfg.remasking, base, given)
-    if not given:
-        return Rule(base.score, base.tempered, base.choose, counted=base.choose is None)
-    ((name, value),) = given.items()
-    return Rule(base.score, base.tempered, options[name][1](value), counted=name == "alg_temp")
+    _check_deferred(cfg, base)
+    choose, counted = base.choose, base.choose is None
+    if given:
+        ((name, value),) = given.items()
+        choose, counted = options[name][1](value), name == "alg_temp"
+    if cfg.defer_tokens:
+        choose = deferring(choose or top_quota(0.0), cfg.defer_tokens)
+    return Rule(base.score, base.tempered, choose, counted)
 
 
 def _check(remasking: str, base: Remasking, given: dict[str, float]) -> None:
@@ -201,3 +217,16 @@ def _check(remasking: str, base: Remasking, given: dict[str, float]) -> None:
                 f"denoise: factor must be unset with remasking={remasking}, whose scores are no probabilities, got "
                 f"{value}. Use entropy_bound."
             )
+
+
+def _check_deferred(cfg: RolloutConfig, base: Remasking) -> None:
+    both = sorted(set(cfg.defer_tokens) & set(cfg.suppress_tokens))
+    if both:
+        raise ValueError(
+            f"denoise: defer_tokens must not be suppressed too, got {both} in both. Keep one of the two."
+        )
+    if cfg.defer_tokens and base.choose is not None:
+        raise ValueError(
+            f"denoise: defer_tokens must be empty with remasking={cfg.remasking}, which has no order, got "
+            f"{cfg.defer_tokens}. Use suppress_tokens."
+        )

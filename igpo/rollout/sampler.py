@@ -15,6 +15,7 @@ from igpo.types import GIVEN, Canvas, Policy, Rollouts, Seed
 
 from .block_cache import BlockCache
 from .filters import check_filters, filtered, is_filtered
+from .guidance import check_guidance, guided, unconditional
 from .rules import Moment, build_rule
 from .schedule import SCHEDULES, Part, counted, groups, scheduled, steps_per_block
 
@@ -109,10 +110,11 @@ class Sampler:
                 chosen, parts = counted(plan, step, left)
             if parts:
                 some = rows[chosen]
-                hidden = self._hidden(block, rows, chosen, cache)
+                states = self._states(block, rows, chosen, cache)
                 for part in parts:
                     where = slice(part.first, part.last)
-                    self._commit(block, step, part, some[where], hidden[where], cache is not None)
+                    own = [hidden[where] for hidden in states]
+                    self._commit(block, step, part, some[where], own, cache is not None)
             if self.on_step is not None and parts:
                 self.on_step(block * self.steps + step, self.tokens.clone())
 
@@ -121,26 +123,35 @@ class Sampler:
         found, exist = self.columns(block, rows)
         return (exist & (self._at(rows, found) == self.canvas.mask_id)).sum(1).tolist()
 
-    def _hidden(
+    def _states(
         self, block: int, rows: Tensor, chosen: list[int] | slice, cache: BlockCache | None
-    ) -> Tensor:
-        """Of the chosen rows' canvases, or with a cache of their blocks."""
+    ) -> list[Tensor]:
+        """Hidden states of the chosen rows' canvases, or with a cache of their blocks; with guidance also without
+        what was given."""
         if cache is not None:
             hidden = cache.hidden(block, rows)
             self.num_forwards += len(hidden)
-            return hidden[chosen]
+            return [hidden[chosen]]
         some, canvas = rows[chosen], self.canvas
-        self.num_forwards += len(some)
-        return self.policy.hidden(
-            self.tokens[some], canvas.attention_mask[some], canvas.position_ids[some]
-        )
+        tokens = [self.tokens[some]]
+        if self.cfg.cfg_scale:
+            tokens.append(unconditional(canvas, tokens[0], some))
+        self.num_forwards += len(some) * len(tokens)
+        mask, position_ids = canvas.attention_mask[some], canvas.position_ids[some]
+        return [self.policy.hidden(x, mask, position_ids) for x in tokens]
 
     def _commit(
-        self, block: int, step: int, part: Part, rows: Tensor, hidden: Tensor, block_only: bool
+        self,
+        block: int,
+        step: int,
+        part: Part,
+        rows: Tensor,
+        states: list[Tensor],
+        block_only: bool,
     ) -> None:
         """Commits positions of a part's rows, each of which has part.left masked ones.
 
-        hidden: of the whole canvas, or with block_only of the block.
+        states: hidden states of the whole canvas, or with block_only of the block.
         """
         shift, tick = self.canvas.prompt_length, block * self.steps + step
         found, exist = self.columns(block, rows)
@@ -149,11 +160,13 @@ class Sampler:
         places = masked.byte().argsort(dim=1, descending=True, stable=True)[:, : part.left]
         columns = found.gather(1, places)
         there, local = rows[:, None], torch.arange(len(rows), device=rows.device)[:, None]
-        logits = head_logits(
-            hidden[local, places if block_only else columns + shift],
-            self.policy.head_weight,
-            self.policy.head_bias,
+        at = places if block_only else columns + shift
+        logits, *free = (
+            head_logits(hidden[local, at], self.policy.head_weight, self.policy.head_bias)
+            for hidden in states
         )
+        if free:
+            logits = guided(logits, free[0], self.cfg.cfg_scale)
         moment = Moment(
             part.quota, step, self.steps, self.choice_seed, tick, self.canvas.row_ids[rows]
         )
@@ -246,10 +259,12 @@ def _check(policy: Policy, canvas: Canvas, cfg: RolloutConfig) -> None:
         )
     vocabulary = policy.head_weight.shape[0]
     check_filters(cfg, vocabulary)
-    if any(not 0 <= token < vocabulary for token in cfg.suppress_tokens):
-        raise ValueError(
-            f"denoise: suppress_tokens must be in [0, {vocabulary}), got {cfg.suppress_tokens}."
-        )
+    check_guidance(policy, cfg)
+    for name in ("suppress_tokens", "defer_tokens"):
+        if any(not 0 <= token < vocabulary for token in getattr(cfg, name)):
+            raise ValueError(
+                f"denoise: {name} must be in [0, {vocabulary}), got {getattr(cfg, name)}."
+            )
     wrong = (canvas.completion == canvas.mask_id) == canvas.frozen
     if bool(wrong.any()):
         raise ValueError(
