@@ -63,7 +63,7 @@ class RolloutConfig:
     block_length: int = 32
     diffusion_steps: int = 128  # over the whole completion: 2 tokens a step
     temperature: float = 1.2
-    # or random; Dream's maskgit_plus, topk_margin, entropy, origin (docs/sampling.md)
+    # or random; Dream's maskgit_plus, topk_margin, entropy, origin; remdm_conf, rcr (docs/sampling.md)
     remasking: str = "low_confidence"
     unmask_schedule: str = "even"  # or dream: floor(masked * (1 - s/t)) a step, the rest at the end
     alg_temp: float = 0.0  # Dream: positions are drawn, softmax(score / alg_temp); 0: the highest

@@ -13,6 +13,7 @@ from igpo.config import RolloutConfig
 from igpo.ops import _philox, _sampling
 from igpo.ops.unmask_step import UnmaskResult
 
+from .remask import Revise, least_confident, ranks, remdm_conf
 from .schedule import DREAM_EPS
 
 
@@ -48,17 +49,8 @@ class Remasking:
     score: str
     tempered: bool = False
     choose: Choose | None = None
-
-
-def ranks(score: Tensor, valid: Tensor) -> Tensor:
-    """(n, c) int64: place of each column among its row's valid ones, highest score first, lower column in a tie."""
-    order = torch.where(valid, score, -torch.inf)
-    # an invalid column never stands before a valid one of score -inf
-    first = order.sort(dim=1, descending=True, stable=True).indices
-    place = valid.gather(1, first).byte().sort(dim=1, descending=True, stable=True).indices
-    first = first.gather(1, place)
-    columns = torch.arange(score.shape[1], device=score.device).expand_as(first)
-    return torch.empty_like(first).scatter_(1, first, columns)
+    revise: Revise | None = None
+    scheduled: bool = True
 
 
 def prefix(score: Tensor, valid: Tensor, fits: Callable[[Tensor], Tensor], quota: int) -> Tensor:
@@ -151,13 +143,24 @@ def independently(result: UnmaskResult, at: Moment) -> Tensor:
     return result.committed if last else result.committed & (result.score < 1 - then / now)
 
 
+def evenly(result: UnmaskResult, at: Moment) -> Tensor:
+    """Each column with probability (alpha_s - alpha_t) / (1 - alpha_t), alpha = 1 - t, t from 1 to 0 over the block."""
+    return result.committed & (result.score < 1 / (at.steps - at.step))
+
+
+def everything(result: UnmaskResult, at: Moment) -> Tensor:
+    return result.committed
+
+
 REMASKING = {
     "low_confidence": Remasking("prob"),
     "random": Remasking("random"),
     "maskgit_plus": Remasking("prob", tempered=True),
     "topk_margin": Remasking("margin", tempered=True),
     "entropy": Remasking("entropy", tempered=True),
-    "origin": Remasking("random", choose=independently),
+    "origin": Remasking("random", choose=independently, scheduled=False),
+    "remdm_conf": Remasking("random", choose=evenly, revise=remdm_conf, scheduled=False),
+    "rcr": Remasking("prob", choose=everything, revise=least_confident),
 }
 
 
@@ -166,13 +169,14 @@ class Rule:
     """What a step does beside calling the policy.
 
     choose: None: unmask_step itself commits the highest scores.   counted: the schedule alone says how many positions
-    a step leaves masked, so that the host need not ask.
+    a step leaves masked, so that the host need not ask.   revise: positions masked again after it.
     """
 
     score: str
     tempered: bool
     choose: Choose | None
     counted: bool
+    revise: Revise | None
 
 
 def build_rule(cfg: RolloutConfig) -> Rule:
@@ -191,13 +195,18 @@ def build_rule(cfg: RolloutConfig) -> Rule:
     given = {name: value for name, (value, _) in options.items() if value is not None}
     _check(cfg.remasking, base, given)
     _check_deferred(cfg, base)
-    choose, counted = base.choose, base.choose is None
+    if cfg.unmask_schedule != "even" and not base.scheduled:
+        raise ValueError(
+            f"denoise: unmask_schedule must be even with remasking={cfg.remasking}, which draws its numbers, got "
+            f"{cfg.unmask_schedule!r}."
+        )
+    choose, counted = base.choose, base.scheduled
     if given:
         ((name, value),) = given.items()
         choose, counted = options[name][1](value), name == "alg_temp"
     if cfg.defer_tokens:
         choose = deferring(choose or top_quota(0.0), cfg.defer_tokens)
-    return Rule(base.score, base.tempered, choose, counted)
+    return Rule(base.score, base.tempered, choose, counted, base.revise)
 
 
 def _check(remasking: str, base: Remasking, given: dict[str, float]) -> None:
@@ -206,7 +215,7 @@ def _check(remasking: str, base: Remasking, given: dict[str, float]) -> None:
     for name, value in given.items():
         if base.score == "random" or base.choose is not None:
             raise ValueError(
-                f"denoise: {name} must be unset with remasking={remasking}, which chooses at random, got {value}. "
+                f"denoise: {name} must be unset with remasking={remasking}, which has its own choice, got {value}. "
                 "Use low_confidence, maskgit_plus, topk_margin or entropy."
             )
         if not -float("inf") < value < float("inf") or (name != "threshold" and value < 0):

@@ -16,8 +16,9 @@ from igpo.types import GIVEN, Canvas, Policy, Rollouts, Seed
 from .block_cache import BlockCache
 from .filters import check_filters, filtered, is_filtered
 from .guidance import check_guidance, guided, unconditional
+from .remask import BlockState, remask_key
 from .rules import Moment, build_rule
-from .schedule import SCHEDULES, Part, counted, groups, scheduled, steps_per_block
+from .schedule import SCHEDULES, Group, Part, counted, groups, scheduled, steps_per_block
 
 OnStep = Callable[[int, Tensor], None]
 
@@ -62,6 +63,7 @@ class Sampler:
         self.step_map = torch.full_like(canvas.completion, GIVEN)
         self.logprob = torch.zeros(size, length, device=device)
         self.entropy = torch.zeros_like(self.logprob)
+        self.score = torch.zeros_like(self.logprob)
         self.support = None
         if cfg.record_support:
             self.support = torch.full(
@@ -115,8 +117,38 @@ class Sampler:
                     where = slice(part.first, part.last)
                     own = [hidden[where] for hidden in states]
                     self._commit(block, step, part, some[where], own, cache is not None)
+            if self.rule.revise is not None:
+                self._revise(block, step, plan, rows)
             if self.on_step is not None and parts:
                 self.on_step(block * self.steps + step, self.tokens.clone())
+
+    def _revise(self, block: int, step: int, plan: list[Group], rows: Tensor) -> None:
+        """Masks again what the rule takes back; the records of these positions are as if they were never committed."""
+        assert self.rule.revise is not None, "called for a rule that takes nothing back"
+        found, exist = self.columns(block, rows)
+        inside, tick = found.clamp(0, self.logprob.shape[1] - 1), block * self.steps + step
+        there = rows[:, None], inside
+        when = self.step_map[there]
+        remaining = [0] * len(rows)
+        for group in plan:
+            rest = [sum(group.schedule[step + 1 :])] * (group.last - group.first)
+            remaining[group.first : group.last] = rest
+        again = self.rule.revise(
+            BlockState(
+                exist & (when >= 0), when == tick, self.score[there], self.logprob[there],
+                torch.tensor(remaining, device=rows.device), step, self.steps, remask_key(self.choice_seed, tick),
+                self.canvas.row_ids[rows],
+            )
+        )  # fmt: skip
+        back = torch.zeros_like(self.step_map[rows]).scatter_add_(1, inside, again.long()).bool()
+        records = [
+            (self.tokens[:, self.canvas.prompt_length :], self.canvas.mask_id),
+            (self.step_map, GIVEN), (self.logprob, 0), (self.entropy, 0),
+        ]  # fmt: skip
+        for record, nothing in records:
+            record[rows] = record[rows].masked_fill(back, nothing)
+        if self.support is not None:
+            self.support[rows] = self.support[rows].masked_fill(back[..., None], -1)
 
     def _num_masked(self, block: int, rows: Tensor) -> list[int]:
         """Of each row in the block, as it stands: the host waits for the device."""
@@ -179,6 +211,7 @@ class Sampler:
             (self.step_map, torch.full_like(columns, tick)),
             (self.logprob, result.logprob.float()),
             (self.entropy, result.entropy.float()),
+            (self.score, result.score.float()),
         ):
             record[there, columns] = torch.where(result.committed, value, record[there, columns])
         if self.support is not None and support is not None:
