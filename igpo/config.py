@@ -262,7 +262,8 @@ class GenerateOptions:
     prompt_file: str | None = None  # JSONL (prompt_column), or one prompt a line
     output_file: str | None = None  # JSONL; None: standard output
     num_samples: int = 1  # completions per prompt
-    show_steps: bool = False  # show the canvas after every denoise step
+    show_steps: bool = False  # show the canvas after every denoise step, tokens coloured by step
+    replay_file: str | None = None  # HTML: plays the denoising of each prompt's first completion
 
 
 @dataclass(frozen=True)
