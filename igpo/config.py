@@ -63,8 +63,24 @@ class RolloutConfig:
     block_length: int = 32
     diffusion_steps: int = 128  # over the whole completion: 2 tokens a step
     temperature: float = 1.2
-    remasking: str = "low_confidence"  # or random
+    # or random; Dream's maskgit_plus, topk_margin, entropy, origin; remdm_conf, rcr (docs/sampling.md)
+    remasking: str = "low_confidence"
+    unmask_schedule: str = "even"  # or dream: floor(masked * (1 - s/t)) a step, the rest at the end
+    alg_temp: float = 0.0  # Dream: positions are drawn, softmax(score / alg_temp); 0: the highest
+    # beyond the schedule's number a step commits (one of the three at most) …
+    threshold: float | None = None  # … all scores from here on (Fast-dLLM: 0.9)
+    factor: float | None = None  # … n while (n + 1)(1 - score) <= factor (Fast-dLLM: 1)
+    entropy_bound: float | None = None  # … while entropies sum to at most this, nats (EB-Sampler)
     suppress_tokens: tuple[int, ...] = ()
+    # drawn, but committed last (LLaDA's confidence_eos_eot_inf: the ids of EOS and EOT)
+    defer_tokens: tuple[int, ...] = ()
+    cfg_scale: float = 0.0  # classifier-free guidance, two forwards a step; 0: none
+    top_k: int = (
+        0  # tokens a draw chooses from; 0: all. top_p, min_p: of softmax(logits / temperature)
+    )
+    top_p: float = 1.0
+    min_p: float = 0.0  # times the largest probability
+    record_support: bool = False  # keep these tokens' ids for every commit; needs top_k
     early_stop: bool = True  # stop a sequence once a block of it is all EOS
     use_cache: bool = True  # block-causal models keep keys and values of finished blocks; exact
     rollout_batch_size: int = 64  # sequences denoised at once; does not change anyone's tokens
@@ -246,7 +262,8 @@ class GenerateOptions:
     prompt_file: str | None = None  # JSONL (prompt_column), or one prompt a line
     output_file: str | None = None  # JSONL; None: standard output
     num_samples: int = 1  # completions per prompt
-    show_steps: bool = False  # show the canvas after every denoise step
+    show_steps: bool = False  # show the canvas after every denoise step, tokens coloured by step
+    replay_file: str | None = None  # HTML: plays the denoising of each prompt's first completion
 
 
 @dataclass(frozen=True)

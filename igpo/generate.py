@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from rich.live import Live
-from rich.text import Text
 from torch import Tensor
 
 from .canvas import masked_canvases
@@ -19,15 +18,17 @@ from .config_io import validate
 from .data import load_prompts, prompt_ids
 from .logging import output, progress, say
 from .policy import build_policy, load_tokenizer, require_model
+from .replay import Trace, write_page
 from .rewards.grader import completion_texts
 from .rollout import denoise
-from .types import Canvas, Prompt, Seed
+from .types import Prompt, Seed
 
 OnStep = Callable[[int, Tensor], None]
 
 
 def run(cfg: Config, options: GenerateOptions) -> list[str]:
-    """`igpo generate`: num_samples completions per prompt, as text or as JSONL; show_steps shows the denoising."""
+    """`igpo generate`: num_samples completions per prompt, as text or as JSONL; show_steps shows the denoising,
+    replay_file keeps it as a page."""
     validate(cfg)
     if options.num_samples < 1:
         raise ConfigError(f"num_samples must be at least 1, got {options.num_samples}.")
@@ -40,9 +41,10 @@ def run(cfg: Config, options: GenerateOptions) -> list[str]:
     prompts = read_prompts(cfg.data, options, tokenizer)
     policy = build_policy(cfg, tokenizer)
     size = max(1, cfg.rollout.rollout_batch_size // options.num_samples)
-    if options.show_steps:
+    if options.show_steps or options.replay_file:
         size = 1
     texts: list[str] = []
+    traces: list[Trace] = []
     with progress(len(prompts), "generate") as advance:
         for start in range(0, len(prompts), size):
             some = prompts[start : start + size]
@@ -51,12 +53,20 @@ def run(cfg: Config, options: GenerateOptions) -> list[str]:
                 mask_id=tokenizer.mask_token_id, pad_id=tokenizer.pad_token_id, eos_id=tokenizer.eos_token_id,
                 device=policy.device,
             )  # fmt: skip
-            with shown_steps(canvas, tokenizer, options.show_steps) as on_step:
+            trace = Trace(canvas, some[0].text, cfg.rollout.diffusion_steps)
+            with shown_steps(trace, tokenizer, options) as on_step:
                 seed = Seed(cfg.train.seed).named("generate")
                 rollouts = denoise(policy, canvas, cfg.rollout, seed, on_step=on_step)
+            if options.replay_file:
+                # what an early stop filled came after the last step
+                trace.see(int(rollouts.num_steps[0]), rollouts.tokens)
+                traces.append(trace)
             texts += completion_texts(rollouts, tokenizer)
             advance(len(some))
     _write(prompts, texts, options)
+    if options.replay_file:
+        write_page(Path(options.replay_file), traces, tokenizer)
+        say(f"written: {options.replay_file}")
     return texts
 
 
@@ -83,42 +93,28 @@ def read_prompts(cfg: DataConfig, options: GenerateOptions, tokenizer: Any) -> l
 
 
 @contextmanager
-def shown_steps(canvas: Canvas, tokenizer: Any, wanted: bool) -> Iterator[OnStep | None]:
-    """A callback that shows the first completion of the canvas after every step: live on a terminal, else as lines."""
-    if not wanted:
-        yield None
+def shown_steps(trace: Trace, tokenizer: Any, options: GenerateOptions) -> Iterator[OnStep | None]:
+    """A callback that records every step in the trace and, with show_steps, shows it: live on a terminal, else as
+    lines. None when neither is asked for."""
+    if not options.show_steps:
+        yield trace.see if options.replay_file else None
         return
-    before = canvas.completion[0].tolist()
     if not output.is_terminal:
 
         def as_line(step: int, tokens: Tensor) -> None:
-            row = tokens[0, canvas.prompt_length :].tolist()
-            text = render(row, before, canvas, tokenizer).plain.replace("\n", "\\n")
+            trace.see(step, tokens)
+            text = trace.text(tokenizer).plain.replace("\n", "\\n")
             output.print(f"{step:4d} {text}", soft_wrap=True, markup=False, highlight=False)
-            before[:] = row
 
         yield as_line
         return
     with Live(console=output, auto_refresh=False) as live:
 
         def redraw(step: int, tokens: Tensor) -> None:
-            row = tokens[0, canvas.prompt_length :].tolist()
-            live.update(render(row, before, canvas, tokenizer), refresh=True)
-            before[:] = row
+            trace.see(step, tokens)
+            live.update(trace.text(tokenizer), refresh=True)
 
         yield redraw
-
-
-def render(row: Sequence[int], before: Sequence[int], canvas: Canvas, tokenizer: Any) -> Text:
-    """The tokens of a completion: masked ones as a dim block, those new since `before` in green, hints in yellow."""
-    text, frozen = Text(), canvas.frozen[0].tolist()
-    for now, then, hint in zip(row, before, frozen, strict=True):
-        if now == canvas.mask_id:
-            text.append("\u2591", "dim")
-        elif now != canvas.eos_id:
-            style = "yellow" if hint else "bold green" if now != then else ""
-            text.append(tokenizer.decode([now]), style)
-    return text
 
 
 def _write(prompts: Sequence[Prompt], texts: Sequence[str], options: GenerateOptions) -> None:

@@ -119,8 +119,9 @@ class Rollouts:
     canvas: what was denoised.   tokens: (B, T) int64, the result.
     step_map: (B, L) int64: the denoise step (0-based) that committed the token; GIVEN for hints; num_steps[b] for
     positions filled with EOS by the early stop (never scored as the policy's choice). Masking step_map >= t rebuilds
-    the canvas before step t.   commit_logprob, commit_entropy: (B, L) float32, nats, under softmax(logits/temperature)
-    at the moment of the commit; 0 where nothing was drawn.   num_steps: (B,) int64.   num_forwards: sequences x model
+    the canvas before step t, except under a remasking sampler: there it is the last of several commits.
+    commit_logprob, commit_entropy: (B, L) float32, nats, under softmax(logits/temperature) at the moment of the commit;
+    0 where nothing was drawn.   num_steps: (B,) int64.   num_forwards: sequences x model
     calls spent on the batch.
     """
 
@@ -132,6 +133,9 @@ class Rollouts:
     num_steps: Tensor
     num_forwards: int
     predictions: Predictions | None = None  # where an explorer made some
+    # (B, L, top_k) int32, cfg.record_support: the ids a token was drawn from, most probable first, -1 where there are
+    # fewer or nothing was drawn. commit_logprob and commit_entropy are then of softmax(logits/temperature) over these.
+    support: Tensor | None = None
 
     @property
     def completion(self) -> Tensor:

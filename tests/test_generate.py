@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from igpo.canvas import masked_canvases, with_hints
 from igpo.cli import main
 from igpo.config import Config, ConfigError, DataConfig, GenerateOptions
 from igpo.config_io import dump
-from igpo.generate import read_prompts, render, run
+from igpo.generate import read_prompts, run
 from igpo.policy import load_tokenizer
+from igpo.replay import Trace, colour
 
 
 def test_one_prompt_gives_its_samples_on_standard_output(
@@ -74,9 +76,39 @@ def test_the_view_tells_masked_new_and_given_tokens_apart(trained: Callable[...,
         [prompt], num_generations=1, completion_length=5, mask_id=mask, pad_id=tokenizer.pad_token_id, eos_id=eos
     )  # fmt: skip
     canvas = with_hints(canvas, torch.full((1, 5), a), torch.arange(5)[None] == 0)
-    text = render([a, b, c, mask, eos], [a, mask, c, mask, mask], canvas, tokenizer)
+    trace = Trace(canvas, "x", 4)
+    for step, row in ((0, [a, mask, c, mask, mask]), (3, [a, b, c, mask, eos])):
+        trace.see(step, torch.tensor([[*canvas.tokens[0, : canvas.prompt_length].tolist(), *row]]))
+    text = trace.text(tokenizer)
     assert text.plain == "123\u2591"
-    assert [span.style for span in text.spans] == ["yellow", "bold green", "dim"]
+    first, last = colour(0, 4), colour(3, 4)
+    assert first != last
+    assert [span.style for span in text.spans] == ["yellow", f"bold {last}", first, "dim"]
+
+
+def test_the_replay_plays_every_step_and_ends_with_the_completion(
+    trained: Callable[..., Config], tmp_path: Path
+) -> None:
+    path = tmp_path / "deep" / "replay.html"
+    cfg = trained("remasking=rcr")
+    texts = run(cfg, GenerateOptions(prompt="</script>2?", replay_file=str(path)))
+    page = path.read_text(encoding="utf-8")
+    assert page.count("</script>") == 2
+    assert "http" not in page
+    (trace,) = json.loads(re.findall(r'id="data">(.*?)</script>', page, re.DOTALL)[0])
+    assert trace["prompt"] == "</script>2?"
+    shown, taken_back = list(trace["start"]), 0
+    assert shown == [None] * len(shown)
+    for frame in trace["frames"]:
+        for i, text in frame["set"]:
+            taken_back += text is None
+            shown[i] = text
+    assert None not in shown
+    # tokens are shown one by one: without the spaces between them, and special ones as they are
+    assert re.sub(r"<\w+>|\s", "", "".join(shown).split("\u00b7")[0]) == texts[0].replace(" ", "")
+    assert taken_back or len(trace["frames"]) == cfg.rollout.diffusion_steps + 1
+    plain = run(cfg, GenerateOptions(prompt="</script>2?"))
+    assert plain == texts
 
 
 def test_a_model_and_distinct_samples_are_asked_for(

@@ -300,8 +300,8 @@ def test_nan_logits_are_an_error() -> None:
         ({"diffusion_steps": 32}, "at most 16, got 32"),
         ({"diffusion_steps": 0}, "at most 16, got 0"),
         (
-            {"remasking": "entropy"},
-            r"remasking must be one of \['low_confidence', 'random'\], got 'entropy'",
+            {"remasking": "confidence"},
+            r"remasking must be one of \['entropy', 'low_confidence', .*\], got 'confidence'",
         ),
         ({"rollout_batch_size": 0}, "rollout_batch_size must be positive, got 0"),
         ({"temperature": -1.0}, "temperature must be finite and >= 0, got -1.0"),

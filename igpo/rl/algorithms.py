@@ -143,6 +143,7 @@ def build_algorithm(
     made.check(cfg, rollout)
     estimator, objective = likelihoods[str(cfg.likelihood)], OBJECTIVES[str(cfg.objective)](cfg)
     checks.fit(cfg, estimator, objective, made.advantage, made.explorer)
+    checks.replayed(cfg, rollout, estimator)
     return Algorithm(
         explorer=EXPLORERS[made.explorer](cfg, rollout, grade, pad_id),
         advantage=OWN_ADVANTAGES[made.advantage](cfg) if made.advantage else ADVANTAGES[cfg.scale_rewards],

@@ -84,6 +84,15 @@ def _of_explorer(
     )  # fmt: skip
 
 
+def replayed(cfg: AlgorithmConfig, rollout: RolloutConfig, estimator: Estimator) -> None:
+    """A step map rebuilds the canvases of a rollout only where no token was taken back."""
+    require(
+        not estimator.recorded or rollout.remasking not in ("remdm_conf", "rcr"), "remasking",
+        f"keep committed tokens with likelihood {cfg.likelihood!r}, which replays the rollout", rollout.remasking,
+        "Use remasking=low_confidence or another likelihood.",
+    )  # fmt: skip
+
+
 def budget(cfg: AlgorithmConfig, rollout: RolloutConfig) -> None:
     """C3PO is its aggregation."""
     require(

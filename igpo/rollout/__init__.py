@@ -11,11 +11,12 @@ from torch import nn
 from igpo.config import RolloutConfig
 from igpo.types import Canvas, Policy, Rollouts, Seed
 
-from .sampler import CONFIDENCE, OnStep, Sampler
+from .rules import REMASKING
+from .sampler import OnStep, Sampler
 from .schedule import pseudo_order, steps_per_block, transfer_schedule
 
 __all__ = [
-    "CONFIDENCE",
+    "REMASKING",
     "OnStep",
     "denoise",
     "pseudo_order",
@@ -37,10 +38,13 @@ def denoise(
 
     The L columns are cut into blocks of cfg.block_length, each given diffusion_steps * block_length / L steps. A step
     is one call of the policy on the whole canvas; it commits an even share of the positions that were masked when the
-    block began (the remainder goes to the first steps), those of highest confidence. Committed tokens and hints never
-    change, and mask_id is never drawn. Hints leave fewer positions, so fewer are committed a step. A row with nothing
-    left to commit sits out the rest of the block's steps; one that came out all EOS (cfg.early_stop) stops, and EOS
-    fills its masked positions.
+    block began (the remainder goes to the first steps), those of highest confidence. Hints never change, committed
+    tokens only with remasking=remdm_conf and rcr, and mask_id is never drawn. cfg.remasking and the keys after it
+    choose other published rules (docs/sampling.md): with threshold, factor or entropy_bound a step commits at least its
+    share, often more, and a row whose block is complete leaves the batch (the host waits for the device once a step).
+
+    Hints leave fewer positions, so fewer are committed a step. A row with nothing left to commit sits out the rest of
+    the block's steps; one that came out all EOS (cfg.early_stop) stops, and EOS fills its masked positions.
 
     A block-causal policy (policy.block_length is a number) is denoised in its own blocks: they count from the first
     token of the prompt, whose last tokens so share the first block, and cfg.block_length must be theirs. Each gets the

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 from igpo.config import RolloutConfig
+
+DREAM_EPS = 1e-3  # Dream's time grid ends here
+
+Schedule = Callable[[int, int], list[int]]  # masked positions, steps -> commits of each step
 
 
 def steps_per_block(length: int, cfg: RolloutConfig) -> int:
@@ -19,6 +23,10 @@ def steps_per_block(length: int, cfg: RolloutConfig) -> int:
         raise ValueError(
             f"denoise: block_length must divide the {length} completion tokens, got {cfg.block_length}. "
             f"Choose one of {divisors}."
+        )
+    if cfg.unmask_schedule not in SCHEDULES:
+        raise ValueError(
+            f"denoise: unmask_schedule must be one of {sorted(SCHEDULES)}, got {cfg.unmask_schedule!r}."
         )
     blocks = length // cfg.block_length
     if not 1 <= cfg.diffusion_steps <= length or cfg.diffusion_steps % blocks:
@@ -35,13 +43,27 @@ def transfer_schedule(masked: int, steps: int) -> list[int]:
     return [masked // steps + (step < masked % steps) for step in range(steps)]
 
 
-def pseudo_order(length: int, rollout: RolloutConfig) -> Tensor:
-    """(L,) int64: the step at which each position would be committed left to right by the transfer schedule.
+def dream_schedule(masked: int, steps: int) -> list[int]:
+    """Dream's numbers: floor(m (1 - s/t)) of the m still masked, t from 1 to 1e-3 in even steps; at last all."""
+    counts = []
+    for step in range(steps):
+        now, then = (1 - (step + i) * (1 - DREAM_EPS) / steps for i in (0, 1))
+        last = step == steps - 1
+        counts.append(masked if last else int(masked * (1 - then / now)))
+        masked -= counts[-1]
+    return counts
 
-    Within a block, step s commits the next transfer_schedule(...)[s] positions.
+
+SCHEDULES = {"even": transfer_schedule, "dream": dream_schedule}
+
+
+def pseudo_order(length: int, rollout: RolloutConfig) -> Tensor:
+    """(L,) int64: the step at which each position would be committed left to right by the schedule.
+
+    Within a block, step s commits the next as many positions as the schedule gives to it.
     """
     steps = steps_per_block(length, rollout)
-    counts = torch.tensor(transfer_schedule(rollout.block_length, steps))
+    counts = torch.tensor(SCHEDULES[rollout.unmask_schedule](rollout.block_length, steps))
     within = torch.arange(steps).repeat_interleave(counts)
     blocks = torch.arange(length // rollout.block_length)[:, None]
     return (within + steps * blocks).flatten()
@@ -57,11 +79,50 @@ class Group:
     schedule: list[int]  # commits of each step
 
 
-def groups(masked: list[int], steps: int) -> Iterator[Group]:
+def groups(masked: list[int], steps: int, schedule: Schedule) -> Iterator[Group]:
     """Runs of equal counts (sorted, most first), without those that have nothing to denoise."""
     first = 0
     for count, run in groupby(masked):
         last = first + len(list(run))
         if count:
-            yield Group(first, last, count, transfer_schedule(count, steps))
+            yield Group(first, last, count, schedule(count, steps))
         first = last
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows [first, last) of those computed at a step: each has `left` masked positions and a schedule of `quota`."""
+
+    first: int
+    last: int
+    left: int
+    quota: int
+
+
+def scheduled(plan: list[Group], step: int) -> tuple[slice, list[Part]]:
+    """The rows computed at a step, and their parts, when every row commits what its schedule says."""
+    parts = [
+        Part(
+            group.first, group.last, group.masked - sum(group.schedule[:step]), group.schedule[step]
+        )
+        for group in plan
+        if group.schedule[step] > 0
+    ]
+    return slice(0, parts[-1].last if parts else 0), parts
+
+
+def counted(plan: list[Group], step: int, left: list[int]) -> tuple[list[int], list[Part]]:
+    """The same where rows may be ahead of their schedule: left says what is masked in each row of the block's order."""
+    state = [
+        (left[row], group.schedule[step], row)
+        for group in plan
+        for row in range(group.first, group.last)
+        if left[row]
+    ]
+    state.sort(key=lambda s: (-s[0], -s[1]))
+    parts, first = [], 0
+    for (masked, quota), run in groupby(state, key=lambda s: s[:2]):
+        last = first + len(list(run))
+        parts.append(Part(first, last, masked, quota))
+        first = last
+    return [row for _, _, row in state], parts

@@ -1,0 +1,30 @@
+"""Classifier-free guidance: the canvas without what was given, and how its logits are combined."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from igpo.config import RolloutConfig
+from igpo.types import Canvas, Policy
+
+
+def check_guidance(policy: Policy, cfg: RolloutConfig) -> None:
+    """Raises ValueError for a scale that is not one, or kept keys and values, which are of the guided canvas alone."""
+    if not 0 <= cfg.cfg_scale < float("inf"):
+        raise ValueError(f"denoise: cfg_scale must be finite and >= 0, got {cfg.cfg_scale}.")
+    if cfg.cfg_scale and cfg.use_cache and getattr(policy, "block_length", None) is not None:
+        raise ValueError(
+            f"denoise: cfg_scale must be 0 where keys and values are kept, got {cfg.cfg_scale}. Set use_cache=false."
+        )
+
+
+def unconditional(canvas: Canvas, tokens: Tensor, rows: Tensor) -> Tensor:
+    """(n, T) the rows' tokens with everything that was given, prompt and hints, masked; padding stays."""
+    given = (canvas.tokens[rows] != canvas.mask_id) & canvas.attention_mask[rows]
+    return tokens.masked_fill(given, canvas.mask_id)
+
+
+def guided(conditional: Tensor, free: Tensor, scale: float) -> Tensor:
+    """free + (scale + 1)(conditional - free) in float32. Source: LLaDA's released sampler; arXiv:2207.12598, eq. 6."""
+    free = free.float()
+    return free + (scale + 1) * (conditional.float() - free)
