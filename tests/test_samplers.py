@@ -6,6 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from public_configs import MASK as SDAR_MASK
+from public_configs import PAD as SDAR_PAD
+from public_configs import public_model
 from torch import Tensor
 from toys import MASK, VOCAB, Scripted, before_step, canvases, hinted, small_decoder
 
@@ -230,3 +233,28 @@ REFUSED: list[tuple[dict, str]] = [
 def test_refuses_what_contradicts(decoder: MaskedDecoder, change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         denoise(decoder, canvases(), replace(CFG, **change), Seed(0))
+
+
+@pytest.mark.parametrize("name", ["threshold", "entropy", "origin", "rcr", "remdm_conf"])
+def test_block_causal_policies_give_the_same_with_kept_keys_and_values(name: str) -> None:
+    """Prompts that end inside a block, so that the first block is of another size in every row."""
+    policy = public_model("sdar").double()
+    prompts = [
+        Prompt("", tuple((torch.arange(n) * 13 % 90 + 10).tolist()), row_id=i)
+        for i, n in enumerate((6, 8, 3, 5))
+    ]
+    canvas = masked_canvases(
+        prompts, num_generations=2, completion_length=8, mask_id=SDAR_MASK, pad_id=SDAR_PAD
+    )
+    cfg = EVERY[name] if name in EVERY else replace(CFG, remasking=name)
+    cfg = replace(cfg, max_completion_length=8, block_length=4, diffusion_steps=8)
+    kept, plain = (
+        denoise(policy, canvas, replace(cfg, use_cache=on), Seed(1)) for on in (True, False)
+    )
+    assert torch.equal(kept.tokens, plain.tokens)
+    assert torch.equal(kept.step_map, plain.step_map)
+    assert (plain.completion != SDAR_MASK).all()
+    order = torch.tensor([5, 0, 7])
+    some = denoise(policy, take(canvas, order), replace(cfg, rollout_batch_size=2), Seed(1))
+    assert torch.equal(some.tokens, kept.tokens[order])
+    assert torch.equal(some.step_map, kept.step_map[order])
