@@ -54,3 +54,18 @@ def assert_law(drawn: torch.Tensor, p: torch.Tensor) -> None:
     statistic, degrees = chi_square(drawn, p)
     limit = degrees + 3.7 * math.sqrt(2 * degrees) + 10  # p-value below 1e-4 (Laurent-Massart)
     assert statistic < limit, f"chi-square {statistic:.1f} with {degrees} degrees of freedom"
+
+
+def assert_law_at_full_vocabulary(sampler: str, tail: float, calls: int) -> None:
+    """V = 126464, 2000 draws a call: by groups of 64 tokens, and among the many improbable tokens (logit `tail`)."""
+    vocab = 126_464
+    row = torch.randn(vocab) * 2
+    row[::2] = tail  # half of the tokens, none favoured
+    logits = row.bfloat16().expand(1, 2000, vocab)
+    drawn = torch.cat([draw(logits, sampler=sampler, seed=seed) for seed in range(calls)])
+    p = torch.softmax(row.bfloat16().double(), -1)
+    groups = p.new_zeros(vocab // 64).index_add(0, torch.arange(vocab) // 64, p)
+    assert_law(drawn // 64, groups)
+    improbable = drawn[(drawn % 2 == 0)] // 2
+    assert improbable.numel() > 1000
+    assert_law(improbable * 64 // (vocab // 2), torch.full((64,), 1 / 64).double())

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from gpu import is_slow, on_backend
-from unmask_cases import MASK, assert_law, draw
+from unmask_cases import MASK, assert_law, assert_law_at_full_vocabulary, draw
 
 from igpo.ops import _philox, _sampling, unmask_step, use_backend
 
@@ -53,6 +53,11 @@ def test_tail_of_many_improbable_tokens(sampler: str) -> None:
     tail = tail - (tail > 3000).long()
     assert_law(tail * 64 // 8191, torch.bincount(torch.arange(8191) * 64 // 8191) / 8191)
     assert tail.max() > 8100
+
+
+def test_cpu_law_at_full_vocabulary() -> None:
+    with use_backend("cpu"):
+        assert_law_at_full_vocabulary("icdf", tail=-1.5, calls=25)
 
 
 def test_uniform_resolves_more_than_32_bits(backend: str) -> None:

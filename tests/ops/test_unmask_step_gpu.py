@@ -8,7 +8,15 @@ import math
 import pytest
 import torch
 from gpu import DEVICE, is_slow, on_backend
-from unmask_cases import CONFIDENCES, DTYPES, MASK, assert_law, assert_same, draw, example
+from unmask_cases import (
+    CONFIDENCES,
+    DTYPES,
+    MASK,
+    assert_law_at_full_vocabulary,
+    assert_same,
+    draw,
+    example,
+)
 
 from igpo.ops import _philox, _sampling, unmask_step, unmask_step_, use_backend
 
@@ -122,18 +130,7 @@ def on_gpu(request: pytest.FixtureRequest):
 @no_gpu
 @pytest.mark.parametrize("sampler", ["icdf", "gumbel"])
 def test_law_at_full_vocabulary(on_gpu: str, sampler: str) -> None:
-    """V = 126464, 200 000 draws: by groups of 64 tokens, and among the many improbable tokens."""
-    vocab, per_call, calls = 126_464, 2000, 100
-    row = torch.randn(vocab) * 2
-    row[::2] = -4.0  # half of the tokens, none favoured: the tail
-    logits = row.bfloat16().expand(1, per_call, vocab)
-    drawn = torch.cat([draw(logits, sampler=sampler, seed=seed) for seed in range(calls)])
-    p = torch.softmax(row.bfloat16().double(), -1)
-    groups = p.new_zeros(vocab // 64).index_add(0, torch.arange(vocab) // 64, p)
-    assert_law(drawn // 64, groups)
-    tail = drawn[(drawn % 2 == 0)] // 2
-    assert tail.numel() > 1000
-    assert_law(tail * 64 // (vocab // 2), torch.full((64,), 1 / 64).double())
+    assert_law_at_full_vocabulary(sampler, tail=-4.0, calls=100)
 
 
 @gpu
