@@ -14,8 +14,11 @@ int device_count() {
 }
 
 const char* unavailable() {
-  int count = 0;
+  int count = 0, driver = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
+  // without any driver CUDA calls it "insufficient"
+  const bool no_driver = cudaDriverGetVersion(&driver) == cudaSuccess && driver == 0;
+  if (no_driver || error == cudaErrorNoDevice) return "no CUDA device";
   if (error != cudaSuccess) return cudaGetErrorString(error);
   return count ? "" : "no CUDA device";
 }
