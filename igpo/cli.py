@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import config, config_io
+from . import config_io
+from . import options as opt
 from .config import Config, ConfigError
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -43,14 +44,14 @@ class Start:
 COMMANDS = {
     "train": Command("reinforcement learning: IGPO, GRPO and kin", "igpo.train:run", dry_run="igpo.dry_run:train"),
     "sft": Command("masked supervised fine-tuning", "igpo.sft:run", dry_run="igpo.dry_run:sft"),
-    "eval": Command("accuracy on a file of problems", "igpo.evaluate:run", options=config.EvalOptions),
-    "generate": Command("completions of prompts", "igpo.generate:run", options=config.GenerateOptions),
-    "report": Command("one page that compares runs", "igpo.report:run", False, config.ReportOptions, "runs"),
-    "data": Command("sizes, lengths and overlap of the data", "igpo.dataset_report:run", options=config.DataOptions),
-    "rewrite": Command("concise traces, verified", "igpo.rewrite:run", options=config.RewriteOptions),
-    "puzzles": Command("writes generated problems", "igpo.puzzles:run", False, config.PuzzleOptions),
-    "tokenizer": Command("trains a tokenizer with a mask token", "igpo.tokenizer:run", False, config.TokenizerOptions),
-    "demo": Command("GRPO against IGPO on a small problem, on the CPU", "igpo.demo:main", False, config.DemoOptions),
+    "eval": Command("accuracy on a file of problems", "igpo.evaluate:run", options=opt.EvalOptions),
+    "generate": Command("completions of prompts", "igpo.generate:run", options=opt.GenerateOptions),
+    "report": Command("one page that compares runs", "igpo.report:run", False, opt.ReportOptions, "runs"),
+    "data": Command("sizes, lengths and overlap of the data", "igpo.dataset_report:run", options=opt.DataOptions),
+    "rewrite": Command("concise traces, verified", "igpo.rewrite:run", options=opt.RewriteOptions),
+    "puzzles": Command("writes generated problems", "igpo.puzzles:run", False, opt.PuzzleOptions),
+    "tokenizer": Command("trains a tokenizer with a mask token", "igpo.tokenizer:run", False, opt.TokenizerOptions),
+    "demo": Command("GRPO against IGPO on a small problem, on the CPU", "igpo.demo:main", False, opt.DemoOptions),
     "ops": Command("which backend of which op runs here, or why not", "igpo.ops.__main__:main", False),
     "env": Command("versions and machine, for bug reports", "igpo.cli:env", False),
 }  # fmt: skip

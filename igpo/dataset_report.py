@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from .config import Config, ConfigError, DataOptions
+from .config import Config, ConfigError
 from .data import NGRAM, Problem, load_prompts, overlaps, problems
 from .logging import output, say
+from .options import DataOptions
 from .policy import load_tokenizer
 from .types import Prompt
 

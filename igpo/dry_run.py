@@ -18,11 +18,12 @@ from rich.table import Table
 from . import dataset_report
 from . import sft as sft_program
 from . import train as train_program
-from .config import Config, ConfigError, DataOptions
+from .config import Config, ConfigError
 from .logging import output, say
 from .models import MaskedDecoder, MaskedDecoderConfig
 from .models.families import family_of
 from .models.loading import CLASSES
+from .options import DataOptions
 from .policy import build_policy, load_tokenizer, placement
 from .types import Metrics
 

@@ -12,12 +12,13 @@ import torch
 from rich.table import Table
 
 from .canvas import masked_canvases
-from .config import Config, ConfigError, EvalOptions
+from .config import Config, ConfigError
 from .config_io import validate
 from .data import load_prompts
 from .environment import git_commit, machine, versions
 from .logging import output, progress, say
 from .metrics import add
+from .options import EvalOptions
 from .policy import build_policy, load_tokenizer, require_model
 from .rewards import Grade, make_grader
 from .rollout import denoise

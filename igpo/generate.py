@@ -13,10 +13,11 @@ from rich.live import Live
 from torch import Tensor
 
 from .canvas import masked_canvases
-from .config import Config, ConfigError, DataConfig, GenerateOptions
+from .config import Config, ConfigError, DataConfig
 from .config_io import validate
 from .data import load_prompts, prompt_ids
 from .logging import output, progress, say
+from .options import GenerateOptions
 from .policy import build_policy, load_tokenizer, require_model
 from .replay import Trace, write_page
 from .rewards.grader import completion_texts

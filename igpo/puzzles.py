@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from .config import ConfigError, DataConfig, PuzzleOptions
+from .config import ConfigError, DataConfig
 from .data import problems
 from .logging import progress, say
+from .options import PuzzleOptions
 from .rewards.sudoku import UNITS, grids
 from .types import Seed
 

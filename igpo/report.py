@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import ConfigError, ReportOptions
+from .config import ConfigError
 from .logging import say
+from .options import ReportOptions
 
 # title and metric (docs/configuration.md) of every panel; those that some run has are drawn
 PANELS = (

@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .config import Config, ConfigError, RewriteOptions
+from .config import Config, ConfigError
 from .data import Problem, concise, problems
 from .data.recipes import parse
 from .data.templates import Template, template
 from .logging import progress, say
+from .options import RewriteOptions
 from .policy import load_tokenizer
 from .rewards import VerifierPool, has_answer
 from .rewrite_client import Client, Reply, RequestFailed

@@ -6,7 +6,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from .config import ConfigError, RewriteOptions
+from .config import ConfigError
+from .options import RewriteOptions
 
 # the paper's description (arXiv:2509.10396, section 3.3), in our words: it does not print its own
 INSTRUCTION = (

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import Config, ConfigError, RewriteOptions
+from .config import Config, ConfigError
 from .data import Problem
+from .options import RewriteOptions
 
 _PER = 1e6  # prices are for a million tokens
 

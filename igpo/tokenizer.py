@@ -9,8 +9,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from .config import ConfigError, TokenizerOptions
+from .config import ConfigError
 from .logging import progress, say
+from .options import TokenizerOptions
 
 SPECIAL_TOKENS = {
     "pad_token": "<|pad|>",

@@ -14,8 +14,9 @@ import torch
 import igpo
 from igpo import cli
 from igpo.cli import COMMANDS, main
-from igpo.config import Config, ConfigError, DemoOptions, GenerateOptions
+from igpo.config import Config, ConfigError
 from igpo.optim import TrainingError
+from igpo.options import DemoOptions, GenerateOptions
 from igpo.rl.presets import PRESETS
 
 

@@ -10,9 +10,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igpo import config
-from igpo.config import Config, ConfigError, GenerateOptions
+from igpo import options
+from igpo.config import Config, ConfigError
 from igpo.config_io import ALIASES, assign, dump, flatten, leaves, load, pairs, read, validate
+from igpo.options import GenerateOptions
 
 LEAVES = leaves(Config)
 
@@ -26,7 +27,7 @@ def written(tmp_path: Path, text: str) -> Path:
 def test_leaf_names_are_unique_in_every_tree() -> None:
     for tree in (
         Config,
-        *(getattr(config, name) for name in dir(config) if name.endswith("Options")),
+        *(getattr(options, name) for name in dir(options) if name.endswith("Options")),
     ):
         names = [key.rpartition(".")[2] for key in leaves(tree)]
         assert len(set(names)) == len(names), tree

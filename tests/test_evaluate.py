@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from igpo import evaluate as program
 from igpo.cli import main
-from igpo.config import Config, ConfigError, EvalOptions
+from igpo.config import Config, ConfigError
 from igpo.config_io import assign, dump
 from igpo.data import load_prompts
 from igpo.evaluate import evaluate
+from igpo.options import EvalOptions
 from igpo.policy import build_policy, load_tokenizer
 from igpo.rewards import make_grader
 from igpo.scores import Completion, bootstrap, pass_at_k, summary, wilson

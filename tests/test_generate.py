@@ -12,9 +12,10 @@ import torch
 
 from igpo.canvas import masked_canvases, with_hints
 from igpo.cli import main
-from igpo.config import Config, ConfigError, DataConfig, GenerateOptions
+from igpo.config import Config, ConfigError, DataConfig
 from igpo.config_io import dump
 from igpo.generate import read_prompts, run
+from igpo.options import GenerateOptions
 from igpo.policy import load_tokenizer
 from igpo.replay import Trace, colour
 

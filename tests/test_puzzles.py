@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from igpo.cli import main
-from igpo.config import ConfigError, DataConfig, PuzzleOptions
+from igpo.config import ConfigError, DataConfig
 from igpo.data import problems
+from igpo.options import PuzzleOptions
 from igpo.puzzles import DRAWS, generate, key
 from igpo.rewards import sudoku
 from igpo.rewards.arithmetic import evaluate

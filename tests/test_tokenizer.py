@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from igpo.config import ConfigError, TokenizerOptions
+from igpo.config import ConfigError
+from igpo.options import TokenizerOptions
 from igpo.tokenizer import run, train_tokenizer
 
 TEXTS = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from igpo.config import DemoOptions
+from igpo.options import DemoOptions
 
 
 def main(options: DemoOptions) -> None:

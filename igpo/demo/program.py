@@ -13,10 +13,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from igpo.config import DemoOptions
 from igpo.environment import report as environment
 from igpo.logging import duration, output, progress, say, shown_below
 from igpo.models import MaskedDecoder
+from igpo.options import DemoOptions
 from igpo.types import Graded, Metrics, Seed
 
 from . import warm_start

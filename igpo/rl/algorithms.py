@@ -15,6 +15,7 @@ from igpo.config import AlgorithmConfig, RolloutConfig
 from igpo.types import Graded
 
 from . import checks
+from .estimators import LIKELIHOODS, RELEASED_LIKELIHOODS, Estimator
 from .explorer import Explorer
 from .likelihood import Likelihood
 from .objective import Objective
@@ -22,12 +23,9 @@ from .parts import (
     ADVANTAGES,
     COMBINES,
     EXPLORERS,
-    LIKELIHOODS,
     OBJECTIVES,
     OWN_ADVANTAGES,
-    RELEASED_LIKELIHOODS,
     REWEIGHS,
-    Estimator,
     Grade,
     Reweigh,
 )

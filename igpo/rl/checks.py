@@ -12,8 +12,9 @@ from igpo.config import (
     RolloutConfig,
 )
 
+from .estimators import RELEASED_FIRST_LEVEL, Estimator
 from .objective import LOSS_TYPES, Objective
-from .parts import LAYOUTS, PREDICTING, RELEASED_FIRST_LEVEL, Estimator
+from .parts import LAYOUTS, PREDICTING
 
 
 def nothing(cfg: AlgorithmConfig, rollout: RolloutConfig) -> None:

@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from igpo.config import DemoOptions
 from igpo.demo import program, study, warm_start
 from igpo.demo.arm import Held, Lift, Problems, hint_lift, measure, run_arm
 from igpo.demo.plots import COLOURS, LABELS
@@ -22,6 +21,7 @@ from igpo.demo.program import Screen, denoised, describe
 from igpo.demo.recipe import ARMS, CHAIN, STUDY_ARMS, arm_config
 from igpo.demo.results import ArmResult, Frame, Point
 from igpo.models import MaskedDecoder
+from igpo.options import DemoOptions
 from igpo.types import Seed
 
 STEPS = 2

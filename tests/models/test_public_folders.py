@@ -14,10 +14,11 @@ from public_folders import ROWS, llada_folder, qwen_folder
 from safetensors.torch import load_file, save_file
 
 from igpo import evaluate, train
-from igpo.config import Config, ConfigError, EvalOptions
+from igpo.config import Config, ConfigError
 from igpo.models import load_model, load_tokenizer
 from igpo.models.storage import table_of
 from igpo.ops._head import head_logits
+from igpo.options import EvalOptions
 from igpo.policy import build_policy
 from igpo.policy import load_tokenizer as program_tokenizer
 
