@@ -128,9 +128,11 @@ struct GumbelRow {
 //
 // With noise -log(-log(1-v)), a token beats the score b only if v <= 1 - exp(-exp(x/T-b)) <= exp(x/T-b). The first
 // bound needs the high word of v and one float exponential; what passes it (a handful of tokens a row) is scored
-// exactly. The bound is loosened by far more than float32 rounding, so the filter never changes the winner.
+// exactly. The bound is loosened by far more than float32 rounding, so the filter never changes the winner. Where x/T and
+// b overflow float32 the excess is NaN, and passes.
 template <class T>
-inline void gumbel_argmax(const GumbelRow& row, const T* x, int64_t n, int64_t begin, float inv_t, Winner& best) {
+inline void gumbel_argmax(const GumbelRow& row, const T* x, int64_t n, int64_t begin, Winner& best) {
+  const float inv_t = static_cast<float>(1 / row.temperature);
   const auto loosened = [](double score) {
     return splat(static_cast<float>(score - 1e-6 * (score < 0 ? -score : score) - 1e-3));
   };
@@ -144,7 +146,7 @@ inline void gumbel_argmax(const GumbelRow& row, const T* x, int64_t n, int64_t b
       const F y = load(x + i + j * kLanes) * inv_t;
       const F excess = max(y * 1.000001f, y * 0.999999f) - floor;
       const F v = __builtin_convertvector(reinterpret_cast<I>(~high[j] >> 1), F) * 0x1p-31f;
-      passes[j] = v <= exp_nonpositive(select(excess > 0.0f, splat(0.0f), excess));
+      passes[j] = ~(v > exp_nonpositive(select(excess > 0.0f, splat(0.0f), excess)));
     }
     if (!any(passes[0] | passes[1])) continue;
     for (int lane = 0; lane < 2 * kLanes; ++lane) {

@@ -163,7 +163,7 @@ void scan_slice(const Call& call, int64_t r, int64_t s, Winner& winner) {
     scan_sums<kNeed>(x, n, call.inv_t, slice);
     if (call.gumbel)
       gumbel_argmax({call.gumbel_key, call.row_id(flat), call.position(flat), call.temperature}, x, n, s * kSlice,
-                    call.inv_t, winner);
+                    winner);
   });
 }
 

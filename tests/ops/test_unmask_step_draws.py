@@ -55,6 +55,22 @@ def test_tail_of_many_improbable_tokens(sampler: str) -> None:
     assert tail.max() > 8100
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("low", "high", "temperature"),
+    [(-3.3e38, -3.2e38, 0.5), (3.2e38, 3.3e38, 0.5), (-3.3e38, 3.3e38, 0.1), (0, 1, 1e-38), (0, 1, 1e-42)],
+)  # fmt: skip
+def test_draws_where_scores_overflow_float32(
+    backend: str, dtype: torch.dtype, low: float, high: float, temperature: float
+) -> None:
+    """logits / temperature is beyond float32, and only float64 tells the tokens apart."""
+    logits = (torch.rand(2, 4, 101, dtype=torch.float64) * (high - low) + low).to(dtype)
+    rule = {"sampler": "gumbel", "temperature": temperature, "seed": 1}
+    with use_backend("reference"):
+        expected = draw(logits, **rule)
+    assert torch.equal(draw(logits, **rule), expected)
+
+
 def test_cpu_law_at_full_vocabulary() -> None:
     with use_backend("cpu"):
         assert_law_at_full_vocabulary("icdf", tail=-1.5, calls=25)
