@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from public_configs import PUBLIC
 
-from igpo.cli import main
+from igpo.cli import COMMANDS, main, parse
 from igpo.config import Config, LoraConfig, ModelConfig
 from igpo.config_io import assign, flatten, load, read, validate
 from igpo.dry_run import memory, model_shape, parameters, work
@@ -33,6 +34,14 @@ def test_every_configuration_is_one(path: Path) -> None:
         number = re.match(r"\s+\w+: \[?[-\d.]", line)
         if number:
             assert SOURCE.search(line), f"{path.name}: say where this comes from: {line.strip()}"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_configuration_says_all_that_its_preset_says(path: Path) -> None:
+    """So the preset that `igpo train` puts beneath it changes nothing."""
+    command = COMMANDS["train" if "rl" in yaml.safe_load(path.read_text()) else "sft"]
+    (cfg,) = parse(command, [str(path), "model_name_or_path=model"])
+    assert cfg == load([path], ["model_name_or_path=model"])
 
 
 # what configs/ adds to a preset, or the file's own task decides
