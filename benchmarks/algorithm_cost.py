@@ -111,6 +111,10 @@ def random_rollouts(cfg: Config, explorer: str) -> Graded:
     zeros, steps = torch.zeros(ROWS, length), torch.full((ROWS,), cfg.rollout.diffusion_steps)
     tokens = torch.cat([canvas.tokens[:, :16], words], 1)
     rollouts = Rollouts(canvas, tokens, order, zeros, zeros + 1, steps, 0)
+    if cfg.rollout.record_support:
+        others = torch.arange(1, cfg.rollout.top_k).expand(ROWS, length, -1)
+        support = torch.cat([words[..., None], (words[..., None] + others) % WORDS], -1)
+        rollouts = replace(rollouts, support=support.int())
     rewards = torch.tensor([1.0, 0.0, 0.0, 0.5])
     credit = None
     counts = {

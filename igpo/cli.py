@@ -20,13 +20,14 @@ from .config import Config, ConfigError
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 TRACEBACK = "--traceback"
 DRY_RUN = "--dry-run"
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
 class Command:
     """`target` is "module:function", called with (cfg if tree) and (options if it has any). `words` is the option that
     takes the words of the command line which are no options, if not YAML files. `dry_run` is called instead of
-    `target` with --dry-run."""
+    `target` with --dry-run. `published`: it starts from its algorithm's preset."""
 
     summary: str
     target: str
@@ -34,15 +35,20 @@ class Command:
     options: type | None = None
     words: str | None = None
     dry_run: str | None = None
+    published: bool = False
 
 
 @dataclass(frozen=True)
 class Start:
-    preset: str | None = None  # published settings to start from: a key of igpo.rl.presets.PRESETS
+    preset: str | None = (
+        AUTO  # published settings beneath all that is given; auto: train has its algorithm's
+    )
 
 
 COMMANDS = {
-    "train": Command("reinforcement learning: IGPO, GRPO and kin", "igpo.train:run", dry_run="igpo.dry_run:train"),
+    "train": Command(
+        "reinforcement learning: IGPO, GRPO and kin", "igpo.train:run", dry_run="igpo.dry_run:train", published=True
+    ),
     "sft": Command("masked supervised fine-tuning", "igpo.sft:run", dry_run="igpo.dry_run:sft"),
     "eval": Command("accuracy on a file of problems", "igpo.evaluate:run", options=opt.EvalOptions),
     "generate": Command("completions of prompts", "igpo.generate:run", options=opt.GenerateOptions),
@@ -119,30 +125,59 @@ def parse(command: Command, words: Sequence[str]) -> list[Any]:
         )
     arguments: list[Any] = []
     if command.tree:
-        preset = _filled(Start, given).preset
-        cfg = Config()
-        if preset is not None:
-            cfg = config_io.assign(cfg, _preset(preset), f"preset {preset}")
-        for file in files:
-            cfg = config_io.assign(cfg, config_io.read(file), file)
-        arguments.append(_filled(Config, given, cfg))
-        config_io.validate(arguments[0])
+        cfg, said = _tree(command, files, given)
+        config_io.validate(cfg)
+        sys.stderr.write(said)
+        arguments.append(cfg)
     return [*arguments, *([_filled(command.options, given)] if command.options else [])]
 
 
-def _filled(cls: type, given: Sequence[tuple[str, str]], start: Any = None) -> Any:
-    """A record of `cls` with those of the given keys that are its own."""
-    own = [pair for pair in given if pair[0] in config_io.leaves(cls)]
-    return config_io.assign(cls() if start is None else start, own, "command line")
-
-
-def _preset(name: str) -> list[tuple[str, Any]]:
-    presets = importlib.import_module("igpo.rl.presets").PRESETS
-    if name not in presets:
+def _tree(
+    command: Command, files: Sequence[str], given: Sequence[tuple[str, str]]
+) -> tuple[Config, str]:
+    """The defaults, a preset, the files, the command line, later ones winning; and a line on the preset, if any."""
+    layers = [
+        *((config_io.read(file), file) for file in files),
+        (_own(Config, given), "command line"),
+    ]
+    cfg, name = _laid(Config(), layers), _filled(Start, given).preset
+    if name is None or (name == AUTO and not command.published):
+        return cfg, ""
+    presets, algorithm = importlib.import_module("igpo.rl.presets"), cfg.rl.algorithm
+    name = presets.preset_of(algorithm) if name == AUTO else name
+    if name is None:
+        return cfg, f"algorithm {algorithm} has no preset: what is not given is the default\n"
+    if name not in presets.PRESETS:
+        names = ", ".join(presets.PRESETS)
         raise ConfigError(
-            f"command line: preset must be one of {', '.join(presets)}, got {name!r}."
+            f"command line: preset must be auto, none or one of {names}, got {name!r}."
         )
-    return config_io.pairs(presets[name])
+    preset, but = dict(presets.PRESETS[name]), ""
+    if cfg.model.model_name_or_path is None and preset.pop("lora", None):
+        but = ", but for its LoRA: the model is new"
+    cfg = _laid(Config(), [(config_io.pairs(preset), f"preset {name}"), *layers])
+    own = presets.preset_of(cfg.rl.algorithm)
+    if own != name:
+        raise ConfigError(
+            f"command line: preset must be {own or 'none'} with algorithm {cfg.rl.algorithm!r}, got {name!r}. "
+            "Leave out one of the two; or set preset=none, and the settings one by one."
+        )
+    return cfg, f"preset {name} beneath what is given{but} (preset=none: the defaults)\n"
+
+
+def _laid(cfg: Config, layers: Sequence[tuple[Any, str]]) -> Config:
+    for items, where in layers:
+        cfg = config_io.assign(cfg, items, where)
+    return cfg
+
+
+def _own(cls: type, given: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [pair for pair in given if pair[0] in config_io.leaves(cls)]
+
+
+def _filled(cls: type, given: Sequence[tuple[str, str]]) -> Any:
+    """A record of `cls` with those of the given keys that are its own."""
+    return config_io.assign(cls(), _own(cls, given), "command line")
 
 
 def _sort(command: Command, words: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

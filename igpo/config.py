@@ -80,7 +80,7 @@ class RolloutConfig:
     )
     top_p: float = 1.0
     min_p: float = 0.0  # times the largest probability
-    record_support: bool = False  # keep these tokens' ids for every commit; needs top_k
+    record_support: bool = False  # keep these tokens' ids for every commit, to score over them
     early_stop: bool = True  # stop a sequence once a block of it is all EOS
     use_cache: bool = True  # block-causal models keep keys and values of finished blocks; exact
     rollout_batch_size: int = 64  # sequences denoised at once; does not change anyone's tokens
@@ -117,6 +117,9 @@ class DrawsConfig:
     shrink: int = 8  # slices: denoise steps merged into one canvas (TraceRL on LLaDA)
     step_proposal: str = "uniform"  # step_mc: or entropy
     likelihood_temperature: float = 1.0  # of the softmax that is scored (AGRPO: the rollout's)
+    filtered_scoring: str = (
+        "support"  # top_k, top_p, min_p: over what they kept; or ignore: over all
+    )
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,8 @@ class PolicyBatch:
     token_mask: bool, shape of a value: what enters the loss.   old_logprob, ref_logprob: values in float32, or None
     where the objective does not need them.   weight: (B, J, 1) or (B, J, L) float32, of each draw's terms of the loss;
     None for ones.   first: (B, J, L), every draw's log-probs under the policy before the first inner update; None where
-    they were not evaluated or are not worth keeping.
+    they were not evaluated or are not worth keeping.   support: (B, L, K) of the rollouts, where log-probs are over the
+    tokens that could be drawn; None: over all.
     """
 
     canvas: Canvas
@@ -208,6 +209,7 @@ class PolicyBatch:
     ref_logprob: tuple[Tensor | None, ...]
     weight: tuple[Tensor | None, ...] = ()
     first: Tensor | None = None
+    support: Tensor | None = None
 
     @property
     def tokens(self) -> Tensor:

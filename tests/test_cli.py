@@ -15,9 +15,11 @@ import igpo
 from igpo import cli
 from igpo.cli import COMMANDS, main
 from igpo.config import Config, ConfigError
+from igpo.config_io import assign, dump, pairs, split
 from igpo.optim import TrainingError
 from igpo.options import DemoOptions, GenerateOptions
-from igpo.rl.presets import PRESETS
+from igpo.rl.algorithms import ALGORITHMS
+from igpo.rl.presets import BASELINES, PRESETS, preset_of
 
 
 @pytest.fixture
@@ -81,6 +83,68 @@ def test_a_preset_comes_before_files_and_overrides(program, tmp_path: Path) -> N
     assert (rl.algorithm, rl.epsilon, rl.num_iterations, rl.beta) == ("grpo", 0.3, 2, 0.04)
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_training_starts_from_the_preset_of_its_algorithm(
+    program, algorithm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same as the preset by name, wherever the algorithm is named; the last name counts."""
+    got: list[Config] = []
+    program("igpo.train", run=got.append)
+    file, other = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    file.write_text(f"algorithm: {algorithm}\n")
+    other.write_text("algorithm: espo\n")
+    words = ["model_name_or_path=somewhere", "epsilon=0.3"]
+    name = str(preset_of(algorithm))
+    for given in ([f"algorithm={algorithm}"], [str(file)], [str(other), str(file)],
+                  [str(other), f"algorithm={algorithm}"], [str(file), f"preset={name}"]):  # fmt: skip
+        assert main(["train", *given, *words]) == 0
+        assert capsys.readouterr().err.startswith(f"preset {name} beneath what is given (")
+    assert len(set(got)) == 1
+    settings = assign(Config(), pairs(PRESETS[name]), "preset")
+    settings = assign(settings, [("algorithm", algorithm), *map(split, words)], "command line")
+    assert got[0] == settings
+
+
+def test_every_algorithm_has_a_preset_or_is_a_baseline() -> None:
+    own = {preset["rl"]["algorithm"]: name for name, preset in PRESETS.items()}
+    assert len(own) == len(PRESETS)
+    assert set(own) | set(BASELINES) == set(ALGORITHMS)
+    assert not set(own) & set(BASELINES)
+    assert {preset_of(name) for name in BASELINES} == {"igpo"}
+    assert all(preset_of(algorithm) == name for algorithm, name in own.items())
+    assert preset_of("raft") is None
+
+
+def test_a_preset_can_be_left_out_and_another_command_has_none(
+    program, capsys: pytest.CaptureFixture[str]
+) -> None:
+    got: list[Config] = []
+    for name in ("igpo.train", "igpo.sft"):
+        program(name, run=got.append)
+    assert main(["train", "preset=none", "algorithm=espo"]) == 0
+    assert main(["sft", "algorithm=espo"]) == 0
+    assert capsys.readouterr().err == ""
+    assert got == [assign(Config(), [("algorithm", "espo")], "command line")] * 2
+    assert main(["train"]) == 0  # a model from scratch: LoRA would train nothing that was learned
+    assert got[2] == Config()
+    said = "preset igpo beneath what is given, but for its LoRA: the model is new (preset=none: the defaults)\n"
+    assert capsys.readouterr().err == said
+    assert main(["sft", "preset=espo"]) == 0
+    assert got[3].rl.algorithm == "espo"
+    assert main(["train", "algorithm=raft"]) == 0
+    assert capsys.readouterr().err.splitlines()[-1].startswith("algorithm raft has no preset")
+
+
+def test_a_complete_configuration_is_not_changed(program, tmp_path: Path) -> None:
+    got: list[Config] = []
+    program("igpo.train", run=got.append)
+    file = tmp_path / "config.yaml"
+    kept = assign(Config(), [("algorithm", "espo"), ("temperature", 0.3)], "test")
+    file.write_text(dump(kept))
+    assert main(["train", str(file)]) == 0
+    assert got == [kept]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -91,7 +155,15 @@ def test_a_preset_comes_before_files_and_overrides(program, tmp_path: Path) -> N
         (["train", "--beta"], "igpo train: command line: --beta needs a value."),
         (["train", "none.yaml"], "igpo train: none.yaml: No such file or directory."),
         (["train", "max_steps=0"], "igpo train: max_steps must be at least 1, got 0."),
-        (["sft", "preset="], f"igpo sft: command line: preset must be one of {', '.join(PRESETS)}, got ''."),
+        (
+            ["sft", "preset="],
+            f"igpo sft: command line: preset must be auto, none or one of {', '.join(PRESETS)}, got ''.",
+        ),
+        (
+            ["train", "preset=igpo", "algorithm=grpo"],
+            "igpo train: command line: preset must be diffu_grpo with algorithm 'grpo', got 'igpo'. "
+            "Leave out one of the two; or set preset=none, and the settings one by one.",
+        ),
         (["demo", "a.yaml"], "igpo demo: command line: 'a.yaml' must be key=value; this command takes no file."),
         (["demo", "sed=1"], "igpo demo: command line: unknown key 'sed'. The nearest one is 'seed'."),
     ],
@@ -164,7 +236,7 @@ from igpo.cli import main
 assert main(["--help"]) == 0
 assert main(["train", "--help"]) == 0
 assert main(["env"]) == 0
-assert main(["train", "beta=0"]) == 2
+assert main(["sft", "beta=0"]) == 2
 """
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
@@ -185,4 +257,4 @@ def test_interruption_says_so(program, capsys: pytest.CaptureFixture[str]) -> No
 
     program("igpo.train", run=fail)
     assert main(["train"]) == cli.INTERRUPTED
-    assert capsys.readouterr().err == "igpo train: interrupted\n"
+    assert capsys.readouterr().err.splitlines()[-1] == "igpo train: interrupted"

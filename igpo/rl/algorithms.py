@@ -145,7 +145,10 @@ def build_algorithm(
     return Algorithm(
         explorer=EXPLORERS[made.explorer](cfg, rollout, grade, pad_id),
         advantage=OWN_ADVANTAGES[made.advantage](cfg) if made.advantage else ADVANTAGES[cfg.scale_rewards],
-        likelihood=_likelihood(cfg, rollout, estimator, objective, made.reweigh),
+        likelihood=replace(
+            _likelihood(cfg, rollout, estimator, objective, made.reweigh),
+            on_support=checks.scored_over_support(cfg, rollout, estimator),
+        ),
         objective=objective,
         constant_memory=cfg.constant_memory,
         reweigh=REWEIGHS[made.reweigh](cfg),

@@ -11,6 +11,7 @@ from igpo.config import (
     MethodConfig,
     RolloutConfig,
 )
+from igpo.rollout import is_filtered
 
 from .estimators import RELEASED_FIRST_LEVEL, Estimator
 from .objective import LOSS_TYPES, Objective
@@ -92,6 +93,27 @@ def replayed(cfg: AlgorithmConfig, rollout: RolloutConfig, estimator: Estimator)
         f"keep committed tokens with likelihood {cfg.likelihood!r}, which replays the rollout", rollout.remasking,
         "Use remasking=low_confidence or another likelihood.",
     )  # fmt: skip
+
+
+def scored_over_support(cfg: AlgorithmConfig, rollout: RolloutConfig, estimator: Estimator) -> bool:
+    """Whether log-probs are over the tokens that top_k, top_p and min_p left. Refuses what cannot be."""
+    name("filtered_scoring", cfg.draws.filtered_scoring, ("support", "ignore"))
+    if not (is_filtered(rollout) and estimator.filtered) or cfg.draws.filtered_scoring == "ignore":
+        return False
+    filters = {key: getattr(rollout, key) for key in ("top_k", "top_p", "min_p")}
+    otherwise = "Or draw from all tokens (top_k=0 top_p=1 min_p=0), or score over all (filtered_scoring=ignore)."
+    change = None if estimator.replays is None else estimator.replays(cfg, rollout)
+    able = "likelihood=step_mc, block_exact, or slices with shrink=1"
+    require(
+        change == "", "likelihood",
+        f"score tokens where they were drawn, to be over the tokens that {filters} kept there", cfg.likelihood,
+        f"Set {change or able}. {otherwise}",
+    )  # fmt: skip
+    require(
+        rollout.record_support, "record_support", f"be true, to score over the tokens that {filters} kept",
+        rollout.record_support, f"Set record_support=true{'' if rollout.top_k else ' and top_k'}. {otherwise}",
+    )  # fmt: skip
+    return True
 
 
 def budget(cfg: AlgorithmConfig, rollout: RolloutConfig) -> None:

@@ -38,7 +38,9 @@ RELEASED_FIRST_LEVEL = 30  # smallest t_0 of the released IGPO code's schedule, 
 class Estimator:
     """A likelihood by name. level: "token" when its values are log-probs of tokens, "sequence" when only their sum over
     the completion has a meaning.   recorded: it needs the step map of a rollout, so hints have no place in it but those
-    that hint_mode gives them.   block_causal: it needs a policy whose attention is, in the blocks of the rollout."""
+    that hint_mode gives them.   block_causal: it needs a policy whose attention is, in the blocks of the rollout.
+    replays: what must be set for tokens to be scored on the very canvases they were drawn on ("" when it is); None when
+    nothing can be.   filtered: whether what it scores was drawn with top_k, top_p and min_p."""
 
     build: Callable[[AlgorithmConfig, RolloutConfig], DrawFunction]
     level: str = "token"
@@ -46,6 +48,8 @@ class Estimator:
     apart: bool = False
     predictions: bool = False
     block_causal: bool = False
+    replays: Callable[[AlgorithmConfig, RolloutConfig], str] | None = None
+    filtered: bool = True
 
 
 def _mean_field(cfg: AlgorithmConfig, rollout: RolloutConfig) -> DrawFunction:
@@ -129,6 +133,22 @@ def _predicted_blocks(cfg: AlgorithmConfig, rollout: RolloutConfig) -> DrawFunct
     return partial(predicted, num_iterations=cfg.num_iterations, reach=reach)
 
 
+def _always(cfg: AlgorithmConfig, rollout: RolloutConfig) -> str:
+    return ""
+
+
+def _of_slices(cfg: AlgorithmConfig, rollout: RolloutConfig) -> str:
+    return "" if cfg.draws.shrink == 1 else "shrink=1"
+
+
+def _of_step_map(cfg: AlgorithmConfig, rollout: RolloutConfig) -> str:
+    """A slice for every step; a block-causal policy may need those of one more block."""
+    most = rollout.diffusion_steps + steps_per_block(rollout.max_completion_length, rollout)
+    if cfg.hint_mode == "replay":
+        return "hint_mode=score"
+    return "" if cfg.draws.num_slices >= most else f"num_slices={most}"
+
+
 def _shared(
     draw: Callable[..., Sequence[InnerUpdate]], cfg: AlgorithmConfig, **options
 ) -> DrawFunction:
@@ -143,13 +163,15 @@ LIKELIHOODS = {
     "elbo_pairs": Estimator(_elbo_pairs, "sequence"),
     "elbo_complements": Estimator(_elbo_complements, "sequence"),
     "elbo_blocks": Estimator(_elbo_blocks, "sequence"),
-    "step_map": Estimator(_step_map, recorded=True),
-    "slices": Estimator(_slices, recorded=True),
-    "block_exact": Estimator(_block_exact, recorded=True, block_causal=True),
-    "step_mc": Estimator(_step_mc, recorded=True, apart=True),
+    "step_map": Estimator(_step_map, recorded=True, replays=_of_step_map),
+    "slices": Estimator(_slices, recorded=True, replays=_of_slices),
+    "block_exact": Estimator(_block_exact, recorded=True, block_causal=True, replays=_always),
+    "step_mc": Estimator(_step_mc, recorded=True, apart=True, replays=_always),
     "two_mean_field": Estimator(_two_mean_field, recorded=True),
-    "predicted": Estimator(_predicted, recorded=True, apart=True, predictions=True),
-    "predicted_steps": Estimator(_predicted_steps, recorded=True, apart=True, predictions=True),
+    "predicted": Estimator(_predicted, recorded=True, apart=True, predictions=True, filtered=False),
+    "predicted_steps": Estimator(
+        _predicted_steps, recorded=True, apart=True, predictions=True, filtered=False
+    ),
     "predicted_blocks": Estimator(_predicted_blocks, recorded=True, apart=True, predictions=True),
 }
 RELEASED_LIKELIHOODS = LIKELIHOODS | {"random_mask": Estimator(_released_random_mask)}

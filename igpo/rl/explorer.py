@@ -139,7 +139,8 @@ class TraceExplorer:
     denoised: this is supervised training on the trace, weighted as an advantage, and it costs no forwards. Unless
     as_hints, the rows are no hints (`frozen` is False) and the entropy filter does not thin them. Every position can be
     scored: step_map holds a pseudo order, left to right within the transfer schedule of the rollout (pseudo_order),
-    which is what the step_map likelihood replays. commit_logprob and commit_entropy are 0, since nothing was drawn.
+    which is what the step_map likelihood replays. Nothing was drawn: commit_logprob and commit_entropy are 0, and there
+    is no support.
 
     Source: ours, the baseline that shows what generating around hints adds to showing the trace.
     """
@@ -196,6 +197,7 @@ class TraceExplorer:
             commit_logprob=torch.zeros_like(rollouts.commit_logprob),
             commit_entropy=torch.zeros_like(rollouts.commit_entropy),
             num_steps=torch.full_like(rollouts.num_steps, self.rollout.diffusion_steps),
+            support=None if rollouts.support is None else torch.full_like(rollouts.support, -1),
         )
 
 

@@ -153,7 +153,7 @@ class CandidateExplorer:
         kept = replace(
             final.rollouts, predictions=made,
             step_map=pseudo_order(length, rollout).to(completion.device).expand_as(completion),
-            num_steps=torch.full_like(rollouts.num_steps, rollout.diffusion_steps),
+            num_steps=torch.full_like(rollouts.num_steps, rollout.diffusion_steps), support=None,
         )  # fmt: skip
         rescued = torch.ones_like(graded.rescued)
         metrics = {**graded.metrics, "reward/chosen": float(final.rewards.mean())}

@@ -11,6 +11,7 @@ from torch import nn
 from igpo.config import RolloutConfig
 from igpo.types import Canvas, Policy, Rollouts, Seed
 
+from .filters import is_filtered
 from .rules import REMASKING
 from .sampler import OnStep, Sampler
 from .schedule import pseudo_order, steps_per_block, transfer_schedule
@@ -19,6 +20,7 @@ __all__ = [
     "REMASKING",
     "OnStep",
     "denoise",
+    "is_filtered",
     "pseudo_order",
     "steps_per_block",
     "transfer_schedule",

@@ -14,10 +14,10 @@ def is_filtered(cfg: RolloutConfig) -> bool:
     return cfg.top_k > 0 or cfg.top_p < 1 or cfg.min_p > 0
 
 
-def check_filters(cfg: RolloutConfig, vocabulary: int) -> None:
+def check_filters(cfg: RolloutConfig) -> None:
     """Raises ValueError for values outside their range, or a support without a bound."""
     for name, good, rule in (
-        ("top_k", 0 <= cfg.top_k <= vocabulary, f"be in [0, {vocabulary}], 0 for no limit"),
+        ("top_k", cfg.top_k >= 0, "not be negative, 0 for no limit"),
         ("top_p", 0 < cfg.top_p <= 1, "be in (0, 1], 1 for no limit"),
         ("min_p", 0 <= cfg.min_p <= 1, "be in [0, 1], 0 for no limit"),
     ):
@@ -40,14 +40,14 @@ def filtered(logits: Tensor, banned: Tensor, cfg: RolloutConfig) -> tuple[Tensor
     Args:
         logits: (n, c, V).   banned: (S,) int64 ids in [0, V) that are never drawn.
     Returns:
-        logits of the same dtype, and (n, c, K) int64 ids, most probable first, -1 where fewer are left; K is top_k, or
-        V without one. A row with NaN stays as it is.
+        logits of the same dtype, and (n, c, K) int64 ids, most probable first, -1 where fewer are left; K is top_k
+        (more than V, too), or V without one. A row with NaN stays as it is.
     Source: top-p arXiv:1904.09751, min-p arXiv:2407.01082; in Dream's order (temperature, top-p, top-k).
     """
     x = logits.float().index_fill(-1, banned, -torch.inf) / (cfg.temperature or 1.0)
     total = x.logsumexp(-1, keepdim=True)
     if cfg.top_k:
-        highest, ids = x.topk(cfg.top_k, dim=-1)
+        highest, ids = x.topk(min(cfg.top_k, x.shape[-1]), dim=-1)
     else:
         highest, ids = x.sort(dim=-1, descending=True, stable=True)
     logq = highest - total
@@ -60,4 +60,8 @@ def filtered(logits: Tensor, banned: Tensor, cfg: RolloutConfig) -> tuple[Tensor
     left = torch.full_like(logits, -torch.inf).scatter_(
         -1, ids, torch.where(kept, logits.gather(-1, ids), -torch.inf)
     )
-    return torch.where(total.isnan(), logits, left), ids.masked_fill(~kept, -1)
+    ids = ids.masked_fill(~kept, -1)
+    more = max(0, cfg.top_k - ids.shape[-1])
+    return torch.where(total.isnan(), logits, left), torch.nn.functional.pad(
+        ids, (0, more), value=-1
+    )

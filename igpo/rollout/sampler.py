@@ -291,7 +291,7 @@ def _check(policy: Policy, canvas: Canvas, cfg: RolloutConfig) -> None:
             f"denoise: block_length must be the policy's own, {grid}, got {cfg.block_length}. Set block_length={grid}."
         )
     vocabulary = policy.head_weight.shape[0]
-    check_filters(cfg, vocabulary)
+    check_filters(cfg)
     check_guidance(policy, cfg)
     for name in ("suppress_tokens", "defer_tokens"):
         if any(not 0 <= token < vocabulary for token in getattr(cfg, name)):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from igpo.ops import keep_top_entropy, linear_logprob
+from igpo.ops._support import support_logprob
 from igpo.types import BlockPolicy, Canvas, Draw, Graded, Policy, PolicyBatch, Rollouts, Seed, take
 
 from .combine import add_up, keep_apart
@@ -32,7 +33,8 @@ class Likelihood:
     to (B, L), `keep_apart` to (B, J, L), or another of combine.py.   always_old: evaluate the old policy even when
     there is one inner update.   once: evaluate the old policy and the reference on the draws of the first inner update
     only.   temperature: of the softmax that is scored.   block_length: of the block-causal policy that the draws need;
-    None: any policy will do.
+    None: any policy will do.   on_support: the softmax is over the tokens each token was drawn from
+    (`Rollouts.support`); over all of them for a token that was not drawn.
 
     No module is switched between train and eval mode here, so the three evaluations see the same mode; with dropout
     active they still differ from one another, and the first ratio is not 1.
@@ -50,6 +52,7 @@ class Likelihood:
     once: bool = False
     temperature: float = 1.0
     block_length: int | None = None
+    on_support: bool = False
 
     def check(self, policy: Policy) -> None:
         """Raises ValueError when the draws cannot be scored under this policy."""
@@ -71,7 +74,8 @@ class Likelihood:
         policy's own values, detached. Call it before the first update of the batch.
 
         Raises:
-            ValueError: a KL term without a reference; mask_after_eos without an eos_id; see `check`.
+            ValueError: a KL term without a reference; mask_after_eos without an eos_id; on_support without a recorded
+                support; see `check`.
         """
         self.check(policy)
         if self.needs_reference and reference is None:
@@ -84,7 +88,7 @@ class Likelihood:
         updates = _restrict(self.draw(rollouts, seed.named("draws")), self._within(rollouts))
         batch = PolicyBatch(
             canvas, tuple(update.draws for update in updates), targets, (), (), (),
-            tuple(update.weight for update in updates),
+            tuple(update.weight for update in updates), support=self._support(rollouts),
         )  # fmt: skip
         with_old = self.needs_old and (self.num_iterations > 1 or self.always_old)
         filtered = self.entropy_filter < 1 and bool(canvas.frozen.any())
@@ -136,6 +140,7 @@ class Likelihood:
                     tokens[part],
                     take(draw, part),
                     self.temperature,
+                    _rows_of(batch.support, part),
                 )
                 for part in some.split(self.batch_size)
             ]
@@ -150,6 +155,14 @@ class Likelihood:
 
     def _value(self, scores: dict[int, Scores], update: InnerUpdate) -> Tensor:
         return self.combine(_stack(scores, update.draws), update.draws)
+
+    def _support(self, rollouts: Rollouts) -> Tensor | None:
+        if self.on_support and rollouts.support is None:
+            raise ValueError(
+                "likelihood: rollouts must have a support with filtered_scoring='support', got None. Roll out with "
+                "record_support=true."
+            )
+        return rollouts.support if self.on_support else None
 
     def _within(self, rollouts: Rollouts) -> Tensor:
         """(B, L) bool: the completion as far as it is scored."""
@@ -189,18 +202,20 @@ def evaluate(policy: Policy, batch: PolicyBatch, inner: int, temperature: float 
     draws, tokens = batch.draws[inner], batch.tokens
     scoring = [draw for draw in draws if bool(draw.score.any())] or list(draws[:1])
     found = {
-        id(draw): score(policy, batch.canvas, tokens, draw, temperature)[0] for draw in scoring
+        id(draw): score(policy, batch.canvas, tokens, draw, temperature, batch.support)[0]
+        for draw in scoring
     }
     zeros = torch.zeros_like(next(iter(found.values())))
     return torch.stack([found.get(id(draw), zeros) for draw in draws], 1)
 
 
 def score(
-    policy: Policy, canvas: Canvas, tokens: Tensor, draw: Draw, temperature: float = 1.0
-) -> Scores:
+    policy: Policy, canvas: Canvas, tokens: Tensor, draw: Draw, temperature: float = 1.0,
+    support: Tensor | None = None,
+) -> Scores:  # fmt: skip
     """(B, L) log-prob and entropy of one draw, unweighted; at least one row is forwarded.
 
-    tokens: (B, T), the completed canvases.
+    tokens: (B, T), the completed canvases.   support: (B, L, K), see PolicyBatch.
     """
     rows = draw.score.any(1).nonzero()[:, 0]
     if rows.numel() == 0:
@@ -213,15 +228,36 @@ def score(
         hidden = policy.hidden(masked, *place)
     read = draw.score[rows]
     targets = tokens[:, canvas.prompt_length :] if draw.targets is None else draw.targets
-    logprob, entropy = linear_logprob(
-        hidden[:, canvas.prompt_length :][read],
-        policy.head_weight,
-        targets[rows][read],
-        bias=policy.head_bias,
-        temperature=temperature,
-    )
+    states = hidden[:, canvas.prompt_length :][read]
+    kept = None if support is None else support[rows][read]
+    logprob, entropy = _read(policy, states, targets[rows][read], kept, temperature)
     spread = torch.zeros(draw.score.shape, dtype=logprob.dtype, device=logprob.device)
     return spread.masked_scatter(draw.score, logprob), spread.masked_scatter(draw.score, entropy)
+
+
+def _read(
+    policy: Policy, states: Tensor, targets: Tensor, support: Tensor | None, temperature: float
+) -> Scores:
+    """(N,) of hidden states (N, D); support (N, K), of which a row without any is scored over all tokens."""
+    head, options = policy.head_weight, {"bias": policy.head_bias, "temperature": temperature}
+    if support is None or not len(states):
+        return linear_logprob(states, head, targets, **options)
+    drawn = support[:, 0] >= 0
+    if bool(drawn.all()):
+        return support_logprob(states, head, targets, support, **options)
+    inside = support_logprob(states[drawn], head, targets[drawn], support[drawn], **options)
+    outside = linear_logprob(states[~drawn], head, targets[~drawn], **options)
+    logprob, entropy = (
+        torch.zeros_like(states[:, 0], dtype=a.dtype)
+        .masked_scatter(drawn, a)
+        .masked_scatter(~drawn, b)
+        for a, b in zip(inside, outside, strict=True)
+    )
+    return logprob, entropy
+
+
+def _rows_of(values: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if values is None else values[rows]
 
 
 def _stack(scores: dict[int, Scores], draws: Sequence[Draw]) -> Tensor:

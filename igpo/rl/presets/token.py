@@ -26,7 +26,8 @@ PRESETS: dict[str, Preset] = {
             "kl_estimator": "k3_ratio",  # [agrpo] k3 times the ratio, were beta not 0
             "draws": {
                 "num_draws": 24,  # [agrpo] k
-                "step_proposal": "uniform",  # [agrpo]
+                "step_proposal": "entropy",  # [agrpo]
+                "filtered_scoring": "support",  # [agrpo] over the tokens that could be drawn
                 "likelihood_temperature": 0.6,  # [agrpo] scored under the sampling distribution
             },
         },
@@ -34,13 +35,18 @@ PRESETS: dict[str, Preset] = {
             "max_completion_length": 384,  # [agrpo]
             "block_length": 12,  # [agrpo]
             "diffusion_steps": 128,  # [agrpo] 3 tokens a step
-            "temperature": 0.6,  # [agrpo]; its top_p 0.99 and top_k 150 have no counterpart here
+            "temperature": 0.6,  # [agrpo]
+            "top_k": 150,  # [agrpo]
+            "top_p": 0.99,  # [agrpo]; there of the mass that top_k left, and the token that reaches it is out
+            "record_support": True,  # [agrpo] there as a mask over the vocabulary
             "remasking": "random",  # [agrpo] the order then has no gradient
         },
         "train": {
             "prompts_per_step": 16,  # [agrpo] 8 rows x 2 accumulation steps x 8 GPUs / 8 generations
             "learning_rate": 5e-6,  # [agrpo]
             "lr_scheduler_type": "cosine",  # [agrpo]
+            "adam_beta1": 0.9,  # [agrpo]
+            "adam_beta2": 0.99,  # [agrpo]
             "warmup_steps": 10,  # [agrpo] warm-up ratio 0.01; ours: of 1000 updates
             "weight_decay": 0.01,  # [agrpo]
             "max_grad_norm": 1.0,  # [agrpo]
@@ -79,13 +85,15 @@ PRESETS: dict[str, Preset] = {
             "beta": 0.01,  # [coupled]
             "kl_estimator": "k3",  # [coupled]
             "loss_type": "bnpo",  # [coupled] sum(loss * mask) / sum(mask)
+            "draws": {"filtered_scoring": "ignore"},  # [coupled] over all tokens
         },
         "rollout": {
             "max_completion_length": 256,  # [coupled]
             "block_length": 256,  # [coupled] the whole canvas at once
             "diffusion_steps": 256,  # [coupled]
-            "temperature": 1.0,  # [coupled]; its top_p 0.95 has no counterpart here
-            "remasking": "low_confidence",  # [coupled] commits the lowest entropy first, a near relative
+            "temperature": 1.0,  # [coupled]
+            "top_p": 0.95,  # [coupled]
+            "remasking": "entropy",  # [coupled] the lowest entropy first
         },
         "train": {
             "learning_rate": 1e-6,  # [coupled] full fine-tuning
@@ -126,12 +134,14 @@ PRESETS: dict[str, Preset] = {
             "beta": 0.1,  # [dipo] its code; the paper gives no value
             "kl_estimator": "k3",  # [dipo]
             "loss_type": "bnpo",  # [dipo] equation 7: by the number of tokens
+            "draws": {"filtered_scoring": "ignore"},  # [dipo] over all tokens
         },
         "rollout": {
             "max_completion_length": 8192,  # [dipo]
             "block_length": 4,  # [dipo] SDAR's
             "diffusion_steps": 8192,  # [dipo] its static form; ours: no confidence threshold (0.9) commits more at once
-            "temperature": 1.0,  # [dipo]; its top_k 50 has no counterpart here
+            "temperature": 1.0,  # [dipo]
+            "top_k": 50,  # [dipo]
         },
         "train": {
             "prompts_per_step": 128,  # [dipo]
