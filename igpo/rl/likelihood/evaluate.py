@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from igpo.ops import keep_top_entropy, linear_logprob
+from igpo.ranks import ranks
 from igpo.types import BlockPolicy, Canvas, Draw, Graded, Policy, PolicyBatch, Rollouts, Seed, take
 
 from .combine import add_up, keep_apart
@@ -129,17 +130,12 @@ class Likelihood:
         for draw in (draw for draws in batch.draws for draw in draws):
             if id(draw) in found or some.numel() == 0:
                 continue
-            parts = [
-                score(
-                    policy,
-                    take(batch.canvas, part),
-                    tokens[part],
-                    take(draw, part),
-                    self.temperature,
-                )
-                for part in some.split(self.batch_size)
-            ]
-            logprob, entropy = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+
+            def of(part: Tensor, draw: Draw = draw) -> Scores:
+                canvas = take(batch.canvas, part)
+                return score(policy, canvas, tokens[part], take(draw, part), self.temperature)
+
+            logprob, entropy = ranks().by_rows(of, some, self.batch_size)
             if rows is not None:
                 logprob, entropy = (
                     x.new_zeros(batch.targets.shape).index_copy(0, rows, x)
