@@ -1,7 +1,8 @@
 """Checkpoints: a folder per step that is complete or not there, and exact resume from it.
 
     checkpoint-<step>/   model (or adapter) and tokenizer as save_pretrained writes them, config.yaml
-        optimizer.pt     moments and float32 masters; tensors and numbers only
+        optimizer.pt     moments and float32 masters, tensors and numbers only; of several processes each writes its
+                         share, optimizer-1.pt, …, and any number of them can go on from it
         state.json       step, counters, configuration, data digest, versions
 
 Randomness needs no state: every stream is a function of (seed, step, row).
@@ -24,6 +25,7 @@ from .config import Config, ConfigError, DataConfig
 from .data.recipes import parse
 from .models import load_model
 from .optim import Updater
+from .ranks import ranks
 
 PREFIX = "checkpoint-"
 LAST = "last"
@@ -53,15 +55,34 @@ def save(policy: Any, tokenizer: Any, updater: Updater, cfg: Config, state: Stat
 
     The folder gets its name when it is complete: a run killed while writing leaves the checkpoints before it.
     """
-    root = Path(cfg.train.output_dir)
+    root, here = Path(cfg.train.output_dir), ranks()
     folder, draft = root / f"{PREFIX}{state.step}", root / f".{PREFIX}{state.step}.partial"
-    for leftover in (draft, folder):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    draft.mkdir(parents=True)
+    if here.first:
+        for leftover in (draft, folder):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        draft.mkdir(parents=True)
+    here.wait()
+    torch.save(updater.state_dict(), draft / _share("optimizer", here.rank))
+    if here.first:
+        _write_shared(draft, policy, tokenizer, cfg, state)
+    here.wait()
+    if here.first:
+        draft.rename(folder)
+        if cfg.train.save_total_limit is not None:
+            for old in existing(root)[: -cfg.train.save_total_limit]:
+                shutil.rmtree(old)
+    return folder
+
+
+def _share(name: str, rank: int) -> str:
+    return f"{name}-{rank}.pt" if rank else f"{name}.pt"
+
+
+def _write_shared(draft: Path, policy: Any, tokenizer: Any, cfg: Config, state: State) -> None:
+    """What is the same on every process."""
     policy.save_pretrained(draft)
     tokenizer.save_pretrained(draft)
-    torch.save(updater.state_dict(), draft / "optimizer.pt")
     (draft / "config.yaml").write_text(config_io.dump(cfg), encoding="utf-8")
     facts = {
         "step": state.step,
@@ -71,11 +92,6 @@ def save(policy: Any, tokenizer: Any, updater: Updater, cfg: Config, state: Stat
         "versions": environment.versions(),
     }
     (draft / "state.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    draft.rename(folder)
-    if cfg.train.save_total_limit is not None:
-        for old in existing(root)[: -cfg.train.save_total_limit]:
-            shutil.rmtree(old)
-    return folder
 
 
 def existing(root: str | Path) -> list[Path]:
@@ -124,10 +140,18 @@ def restore(folder: Path, policy: Any, updater: Updater, cfg: Config) -> State:
     else:
         saved = load_model(folder, dtype=policy.dtype, device=policy.device)
         policy.load_state_dict(saved.state_dict())
-    updater.load_state_dict(
-        torch.load(folder / "optimizer.pt", map_location=policy.device, weights_only=True)
-    )
+    updater.load_state_dict(_together(folder, "optimizer"))
     return State(facts["step"], facts["counters"])
+
+
+def _together(folder: Path, name: str) -> dict[str, Any]:
+    """The state of an updater from the shares of all the processes that saved it."""
+    shares = [
+        torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        for file in sorted(folder.glob(f"{name}*.pt"))
+    ]
+    weights = {index: values for share in shares for index, values in share["weights"].items()}
+    return {"done": shares[0]["done"], "weights": weights}
 
 
 def digest(cfg: DataConfig) -> str | None:

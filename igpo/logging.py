@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,7 +19,8 @@ from rich.text import Text
 from torch import Tensor
 
 from . import config_io, environment
-from .config import Config, ConfigError
+from .config import Config, ConfigError, TrainConfig
+from .ranks import ranks
 from .types import Graded, Metrics, Prompt
 
 PLAIN_SECONDS = 10.0  # chosen: at most one plain progress line in this time
@@ -199,6 +200,32 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _NoLog(RunLog):
+    """Of the processes that do not write."""
+
+    def __init__(self) -> None:
+        console.quiet = output.quiet = True
+
+    def log(self, step: int, metrics: Metrics) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def run_log(cfg: Config, first_step: int) -> RunLog:
+    """The log of a run. Of several processes only the first has one; the others fall silent, on the terminal too."""
+    return RunLog(cfg, first_step) if ranks().first else _NoLog()
+
+
+def say_start(program: str, policy: Any, cfg: TrainConfig, first_step: int) -> None:
+    """What is about to be trained, where, and into which folder."""
+    weights = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    devices = f"{ranks().size} x {policy.device.type}" if ranks().size > 1 else str(policy.device)
+    say(
+        f"{program}: {weights / 1e6:.2f} M trained weights in {policy.dtype} on {devices}, steps {first_step} to "
+        f"{cfg.max_steps}, in {cfg.output_dir}"
+    )
 
 
 class Tracker(Protocol):

@@ -16,10 +16,11 @@ from .checkpoint import State
 from .config import Config, ConfigError
 from .config_io import validate
 from .data import Batches, DataError, batches, load_prompts
-from .logging import RunLog, progress, say
+from .logging import RunLog, progress, run_log, say_start
 from .ops import forward_mask, linear_masked_cross_entropy
 from .optim import Updater
 from .policy import build_policy, load_tokenizer
+from .ranks import process_group, ranks
 from .types import Canvas, Metrics, Policy, Prompt, Seed, take
 
 WEIGHTINGS = ("1/t", "L/l", "none")
@@ -136,14 +137,11 @@ def sft_loss(policy: Policy, examples: Examples) -> Tensor:
 
 def run(cfg: Config) -> Metrics:
     """`igpo sft`: max_steps updates of sft_batch_size examples each. Returns the metrics logged last."""
-    ready = set_up(cfg)
-    weights = sum(p.numel() for p in ready.policy.parameters() if p.requires_grad)
-    with RunLog(cfg, ready.state.step) as log:
-        say(
-            f"sft: {weights / 1e6:.2f} M trained weights in {ready.policy.dtype} on {ready.policy.device}, steps "
-            f"{ready.state.step} to {cfg.train.max_steps}, in {cfg.train.output_dir}"
-        )
-        return fit(ready, log)
+    with process_group():
+        ready = set_up(cfg)
+        with run_log(cfg, ready.state.step) as log:
+            say_start("sft", ready.policy, cfg.train, ready.state.step)
+            return fit(ready, log)
 
 
 @dataclass(frozen=True)
@@ -224,11 +222,11 @@ def update(run: Run, examples: Examples, where: str) -> dict[str, float]:
 
 def _backward(run: Run, examples: Examples, rows: Tensor) -> float:
     total = 0.0
-    for part in rows.split(run.cfg.train.per_device_train_batch_size):
+    for part in ranks().parts(rows, run.cfg.train.per_device_train_batch_size):
         loss = sft_loss(run.policy, take(examples, part.to(examples.targets.device)))
         loss.backward()
         total += float(loss.detach())
-    return total
+    return ranks().added({"loss": total})["loss"]
 
 
 def _culprits(run: Run, examples: Examples) -> list[int]:

@@ -1,7 +1,7 @@
 """Training: Algorithm 1 of IGPO (arXiv:2509.10396), and of every other composition in igpo/rl/algorithms.py.
 
-`train` is the algorithm; what it needs is made by `set_up` below it. Left out of the paper: several machines (one
-process trains on one device).
+`train` is the algorithm; what it needs is made by `set_up` below it. Under torchrun every process runs it on one device
+(ranks.py).
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from .config import Config
 from .config_io import validate
 from .data import batches, load_prompts
 from .evaluate import check, evaluate
-from .logging import RunLog, completions_table, console, progress, say
+from .logging import RunLog, completions_table, console, progress, run_log, say_start
 from .optim import TrainingError, Updater
 from .policy import Reference, build_policy, load_tokenizer, reference_of
+from .ranks import process_group, ranks
 from .rewards import make_grader
+from .rewards.shared import over_processes
 from .rl.algorithms import Algorithm, Grade, build_algorithm
 from .rl.explorer import SECOND_ATTEMPT
 from .rl.gradient import accumulate
@@ -113,6 +115,7 @@ def backward(
     size = run.cfg.train.per_device_train_batch_size
     for loss, found in accumulate(run.algorithm, run.policy, batch, advantages, inner, rows, size):
         metrics.add(total, {"loss": loss, **found})
+    total = ranks().added(total)
     return total.pop("loss"), total
 
 
@@ -139,14 +142,11 @@ def _row_name(row_id: int) -> str:
 
 def run(cfg: Config) -> Metrics:
     """`igpo train`: everything from the configuration. Returns the metrics of the last step."""
-    ready = set_up(cfg)
-    weights = sum(p.numel() for p in ready.policy.parameters() if p.requires_grad)
-    with RunLog(cfg, ready.state.step) as log:
-        say(
-            f"{cfg.rl.algorithm}: {weights / 1e6:.2f} M trained weights in {ready.policy.dtype} on "
-            f"{ready.policy.device}, steps {ready.state.step} to {cfg.train.max_steps}, in {cfg.train.output_dir}"
-        )
-        return train(ready, log)
+    with process_group():
+        ready = set_up(cfg)
+        with run_log(cfg, ready.state.step) as log:
+            say_start(cfg.rl.algorithm, ready.policy, cfg.train, ready.state.step)
+            return train(ready, log)
 
 
 def set_up(cfg: Config) -> Run:
@@ -157,7 +157,7 @@ def set_up(cfg: Config) -> Run:
     folder = checkpoint.find(cfg)
     tokenizer = load_tokenizer(cfg.model)
     prompts = load_prompts(cfg.data.train_file, cfg.data, tokenizer)
-    grade = make_grader(tokenizer, cfg.reward)
+    grade = over_processes(make_grader(tokenizer, cfg.reward))
     algorithm = build_algorithm(cfg.rl, cfg.rollout, grade, pad_id=tokenizer.pad_token_id)
     policy = build_policy(cfg, tokenizer)
     algorithm.likelihood.check(policy)

@@ -43,11 +43,11 @@ def assert_same_state(first: Run, second: Run) -> None:
         assert torch.equal(a, b)
     ours, theirs = first.updater.state_dict(), second.updater.state_dict()
     assert ours["done"] == theirs["done"]
-    for index, moments in ours["optimizer"]["state"].items():
-        for name, value in moments.items():
-            assert torch.equal(value, theirs["optimizer"]["state"][index][name]), name
-    for a, b in zip(ours["masters"], theirs["masters"], strict=True):
-        assert (a is None and b is None) or torch.equal(a, b)
+    assert ours["weights"].keys() == theirs["weights"].keys()
+    for index, values in ours["weights"].items():
+        assert values.keys() == theirs["weights"][index].keys()
+        for name, value in values.items():
+            assert torch.equal(value, theirs["weights"][index][name]), name
 
 
 @pytest.fixture

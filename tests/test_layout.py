@@ -20,7 +20,7 @@ SOURCES = [path for path in SOURCES if "igpo/kernels" not in path.as_posix()]
 TESTS = sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "benchmarks").glob("*.py"))
 NATIVE = [p for folder in ("csrc", "kernels/gpu") for p in sorted((ROOT / folder).glob("*.[ch]*"))]
 
-RECORDS = {"types", "config", "options", "text"}
+RECORDS = {"types", "config", "options", "ranks", "text"}
 STAGES = {"data", "canvas", "rollout", "rewards", "models"}
 COMPONENTS = {"explorer", "advantage", "likelihood", "objective"}
 OPS = [name for name in igpo.ops.__all__ if callable(getattr(igpo.ops, name)) and name.islower()]

@@ -103,8 +103,8 @@ def test_nothing_changes_when_something_is_not_finite(where: str, value: float) 
         updater.step(told, "step 7, inner update 1", lambda: [4, 9])
     assert all(torch.equal(net.state_dict()[name], before[name]) for name in before)
     assert updater.done == state["done"]
-    moments = updater.state_dict()["optimizer"]["state"]
-    for index, saved in state["optimizer"]["state"].items():
+    moments = updater.state_dict()["weights"]
+    for index, saved in state["weights"].items():
         assert all(torch.equal(moments[index][name], saved[name]) for name in saved)
 
 

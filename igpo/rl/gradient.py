@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from igpo.ranks import ranks
 from igpo.types import Metrics, Policy, PolicyBatch, take
 
 from .likelihood import Likelihood, evaluate
@@ -43,7 +44,8 @@ def accumulate(
     """Adds the gradient of the batch's loss that comes from `rows`, `size` rows at a time.
 
     The loss is a sum over rows by a divisor of the whole batch, so `size` only sets the memory needed. Yields the loss
-    and the metrics of each part as it is done; they add up to those of the batch.
+    and the metrics of each part as it is done; they add up to those of the batch. Where several processes train, each
+    does its share of the rows, and what it adds and yields is a share too.
     """
     needs, several = algorithm.objective.needs, len(batch.draws[inner]) > 1
     apart = several and algorithm.constant_memory
@@ -51,7 +53,7 @@ def accumulate(
         yield _two_passes(algorithm, policy, batch, advantages, inner, rows, size)
         return
     divisor = algorithm.objective.divisor(batch, rows, inner)
-    for part in rows.split(size):
+    for part in ranks().parts(rows, size):
         whole = (take(batch, part), advantages[part])
         for some, weights in _of_draws(*whole, inner) if apart else [whole]:
             value = algorithm.likelihood(policy, some, inner)
@@ -75,16 +77,21 @@ def _two_passes(
     loss, found = algorithm.objective(value, some, advantages[rows], inner, divisor)
     (coefficient,) = torch.autograd.grad(loss, logprob)
     _pull_back(algorithm, policy, some, inner, coefficient, size)
-    return float(loss.detach()), found
+    # every process has all of the loss
+    return (float(loss.detach()), found) if ranks().first else (0.0, {})
 
 
 @torch.no_grad()
 def _without_graph(
     algorithm: Scored, policy: Policy, batch: PolicyBatch, inner: int, size: int
 ) -> Tensor:
-    parts = torch.arange(len(batch.targets), device=batch.targets.device).split(size)
+    rows = torch.arange(len(batch.targets), device=batch.targets.device)
     temperature = algorithm.likelihood.temperature
-    return torch.cat([evaluate(policy, take(batch, part), inner, temperature) for part in parts])
+
+    def of(part: Tensor) -> tuple[Tensor]:
+        return (evaluate(policy, take(batch, part), inner, temperature),)
+
+    return ranks().by_rows(of, rows, size)[0]
 
 
 def _pull_back(
@@ -106,11 +113,10 @@ def _pull_back(
         )
         matters[:, 1:] = False
     for j in range(matters.shape[1]):
-        for part in matters[:, j].nonzero()[:, 0].split(size):
-            if part.numel():
-                draw = _only(take(batch, part), inner, slice(j, j + 1))
-                value = evaluate(policy, draw, inner, algorithm.likelihood.temperature)[:, 0]
-                (value * coefficient[part, j]).sum().backward()
+        for part in ranks().parts(matters[:, j].nonzero()[:, 0], size):
+            draw = _only(take(batch, part), inner, slice(j, j + 1))
+            value = evaluate(policy, draw, inner, algorithm.likelihood.temperature)[:, 0]
+            (value * coefficient[part, j]).sum().backward()
 
 
 def _of_draws(

@@ -15,6 +15,7 @@ from .filters import is_filtered
 from .rules import REMASKING
 from .sampler import OnStep, Sampler
 from .schedule import pseudo_order, steps_per_block, transfer_schedule
+from .shared import over_processes
 
 __all__ = [
     "REMASKING",
@@ -55,7 +56,8 @@ def denoise(
     is exact (SDAR, arXiv:2510.06303).
 
     A row's tokens depend on (seed, its canvas, its row id) alone, not on the other rows or on rollout_batch_size, as
-    far as the policy's own arithmetic does not.
+    far as the policy's own arithmetic does not. Within `igpo.ranks.process_group` the processes share the rows out; all
+    must call it alike, and each gets every row (on_step sees its own).
 
     Args:
         policy: called in eval mode, without gradients; only positions that may be committed pass through its head.
@@ -74,12 +76,16 @@ def denoise(
     Source: LLaDA (arXiv:2502.09992), semi-autoregressive sampling with low-confidence remasking; early stop and hints
         as released with arXiv:2509.10396.
     """
-    sampler = Sampler(policy, canvas, cfg, seed, on_step)
-    size = len(canvas.tokens)
-    with _eval_mode(policy):
+
+    def denoised(canvas: Canvas) -> Rollouts:
+        sampler = Sampler(policy, canvas, cfg, seed, on_step)
+        size = len(canvas.tokens)
         for first in range(0, size, cfg.rollout_batch_size):
             sampler.run(list(range(first, min(first + cfg.rollout_batch_size, size))))
-    return sampler.rollouts()
+        return sampler.rollouts()
+
+    with _eval_mode(policy):
+        return over_processes(denoised, canvas)
 
 
 @contextmanager

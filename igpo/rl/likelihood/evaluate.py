@@ -12,6 +12,7 @@ from torch import Tensor
 
 from igpo.ops import keep_top_entropy, linear_logprob
 from igpo.ops._support import support_logprob
+from igpo.ranks import ranks
 from igpo.types import BlockPolicy, Canvas, Draw, Graded, Policy, PolicyBatch, Rollouts, Seed, take
 
 from .combine import add_up, keep_apart
@@ -133,18 +134,14 @@ class Likelihood:
         for draw in (draw for draws in batch.draws for draw in draws):
             if id(draw) in found or some.numel() == 0:
                 continue
-            parts = [
-                score(
-                    policy,
-                    take(batch.canvas, part),
-                    tokens[part],
-                    take(draw, part),
-                    self.temperature,
-                    _rows_of(batch.support, part),
+
+            def of(part: Tensor, draw: Draw = draw) -> Scores:
+                canvas, support = take(batch.canvas, part), _rows_of(batch.support, part)
+                return score(
+                    policy, canvas, tokens[part], take(draw, part), self.temperature, support
                 )
-                for part in some.split(self.batch_size)
-            ]
-            logprob, entropy = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+
+            logprob, entropy = ranks().by_rows(of, some, self.batch_size)
             if rows is not None:
                 logprob, entropy = (
                     x.new_zeros(batch.targets.shape).index_copy(0, rows, x)
