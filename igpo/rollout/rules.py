@@ -129,8 +129,9 @@ def deferring(choose: Choose, tokens: tuple[int, ...]) -> Choose:
     """The choice with positions whose candidate is one of `tokens` after all others."""
 
     def late(result: UnmaskResult, at: Moment) -> Tensor:
-        ids = torch.tensor(tokens, device=result.tokens.device)
-        score = result.score.masked_fill(torch.isin(result.tokens, ids), -torch.inf)
+        # compared one by one: ids on the device would be a copy that the host waits for
+        deferred = torch.stack([result.tokens == token for token in tokens]).any(0)
+        score = result.score.masked_fill(deferred, -torch.inf)
         return choose(result._replace(score=score), at)
 
     return late
