@@ -8,12 +8,10 @@ from functools import cache
 from itertools import groupby
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from igpo.config import RolloutConfig
 from igpo.ops import unmask_step
-from igpo.ops._head import head_logits
 from igpo.ops.unmask_step import UnmaskResult
 from igpo.types import Canvas, Policy, Rollouts, Seed
 
@@ -21,18 +19,15 @@ from .block_cache import BlockCache
 from .blocks import Blocks
 from .filters import check_filters, filtered, is_filtered
 from .flight import InFlight, Part, working
-from .guidance import check_guidance, guided
+from .guidance import check_guidance, predicted
 from .records import Records
 from .remask import BlockState, remask_key
 from .rules import Moment, build_rule
 from .schedule import SCHEDULES, steps_per_block
+from .stability import Stability
 from .states import States, WholeCanvas
 
 OnStep = Callable[[int, Tensor], None]
-
-# MKL multiplies a handful of rows by other kernels than many: from here on a row's logits in float32 are the same bits
-# in any company (measured for the decoder: igpo/models/layout.py)
-MIN_ROWS = 16
 
 
 class Sampler:
@@ -59,6 +54,7 @@ class Sampler:
         self.suppressed = torch.tensor((canvas.mask_id, *cfg.suppress_tokens), device=device)
         inside = [t for t in (canvas.mask_id, *cfg.suppress_tokens) if t < len(policy.head_weight)]
         self.banned = torch.tensor(inside, dtype=torch.int64, device=device)
+        self.stability = Stability.of(policy, cfg, self.banned, len(canvas.tokens))
         self.records = Records(canvas, cfg.top_k if cfg.record_support else None)
         self.num_steps = [blocks * self.steps for blocks in self.blocks.num_blocks]
         self.states = self._states(causal and cfg.use_cache)
@@ -136,15 +132,17 @@ class Sampler:
         columns = [found[part.rows].gather(1, at) for part, at in zip(parts, places, strict=True)]
         at = places if self.states.block_only else [c + self.canvas.prompt_length for c in columns]
         picked = [self._picked(parts, hidden, at) for hidden in states]
-        logits, support = self._logits(picked)
+        logits = predicted(self.policy, picked, self.cfg.cfg_scale)
+        stable = self._stable(parts, rows, blocks, places, picked, logits)
+        logits, support = self._filtered(logits)
         sizes, row_ids = [c.numel() for c in columns], self.canvas.row_ids[rows]
         supports = [None] * len(parts) if support is None else support.split(sizes)
-        for part, where, own, kept in zip(
-            parts, columns, logits.split(sizes), supports, strict=True
+        for part, where, own, kept, calm in zip(
+            parts, columns, logits.split(sizes), supports, stable, strict=True
         ):
             moment = Moment(
-                part.quota, part.step, self.steps, self.choice_seed, part.tick, row_ids[part.rows]
-            )
+                part.quota, part.step, self.steps, self.choice_seed, part.tick, row_ids[part.rows], calm
+            )  # fmt: skip
             result = self._result(own.unflatten(0, where.shape), moment)
             kept = None if kept is None else kept.unflatten(0, where.shape)
             self.records.commit(rows[part.rows], where, part.tick, result, kept)
@@ -158,16 +156,23 @@ class Sampler:
             picked.append(own[local, columns].flatten(0, 1))
         return picked[0] if len(picked) == 1 else torch.cat(picked)
 
-    def _logits(self, picked: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _stable(
+        self, parts: list[Part], rows: Tensor, blocks: Tensor, places: list[Tensor], picked: list[Tensor],
+        logits: Tensor,
+    ) -> Sequence[Tensor | None]:  # fmt: skip
+        """Of each part, (n, c) bool: the positions whose distribution has stopped moving; None where no rule asks."""
+        if self.stability is None:
+            return [None] * len(parts)
+        device = rows.device
+        owners = [torch.arange(part.first, part.last, device=device) for part in parts]
+        owner = torch.cat([x.repeat_interleave(p.left) for x, p in zip(owners, parts, strict=True)])
+        at = torch.cat([x.flatten() for x in places])
+        found = self.stability.update(rows[owner], blocks[owner], at, picked, logits)
+        sizes = [x.numel() for x in places]
+        return [x.view(own.shape) for x, own in zip(found.split(sizes), places, strict=True)]
+
+    def _filtered(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """(M, V) what candidates are drawn from, and with filters the tokens they leave, (M, K)."""
-        count = len(picked[0])
-        if picked[0].device.type == "cpu" and count < MIN_ROWS:
-            picked = [F.pad(x, (0, 0, 0, MIN_ROWS - count)) for x in picked]
-        logits, *free = (
-            head_logits(x, self.policy.head_weight, self.policy.head_bias)[:count] for x in picked
-        )
-        if free:
-            logits = guided(logits, free[0], self.cfg.cfg_scale)
         support = None
         if is_filtered(self.cfg):
             logits, support = filtered(logits, self.banned, self.cfg)
