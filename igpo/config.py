@@ -71,6 +71,9 @@ class RolloutConfig:
     threshold: float | None = None  # … all scores from here on (Fast-dLLM: 0.9)
     factor: float | None = None  # … n while (n + 1)(1 - score) <= factor (Fast-dLLM: 1)
     entropy_bound: float | None = None  # … while entropies sum to at most this, nats (EB-Sampler)
+    # with threshold (KLASS: 0.01): only positions whose distribution moved by less, nats, at each of kl_history steps
+    kl_threshold: float | None = None
+    kl_history: int = 2  # steps (KLASS)
     suppress_tokens: tuple[int, ...] = ()
     # drawn, but committed last (LLaDA's confidence_eos_eot_inf: the ids of EOS and EOT)
     defer_tokens: tuple[int, ...] = ()

@@ -14,7 +14,7 @@ from toys import EOS, VOCAB, before_step, canvases, early_script, hinted, small_
 from igpo.canvas import with_hints
 from igpo.config import RolloutConfig
 from igpo.models import MaskedDecoder
-from igpo.rollout import denoise
+from igpo.rollout import denoise, sampler
 from igpo.types import GIVEN, Seed
 
 CFG = RolloutConfig(max_completion_length=16, block_length=8, diffusion_steps=8, temperature=1.0)
@@ -70,7 +70,10 @@ class HeadRows(TorchDispatchMode):
         return out
 
 
-def test_only_masked_positions_of_the_active_block_pass_the_head(decoder: MaskedDecoder) -> None:
+def test_only_masked_positions_of_the_active_block_pass_the_head(
+    decoder: MaskedDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampler, "MIN_ROWS", 0)  # else a few rows more on a CPU
     canvas = hinted(canvases())
     with HeadRows() as head:
         rollouts = denoise(decoder, canvas, replace(CFG, early_stop=False), Seed(0))
@@ -99,12 +102,13 @@ def test_rows_with_nothing_to_commit_are_not_forwarded(decoder: MaskedDecoder) -
 
     hints = torch.full((3, 16), 2)
     rollouts = denoise(Spy(), with_hints(canvas, hints, hint_mask), CFG, Seed(0))
-    assert rows == [2, 1, 1, 1, 3, 3, 3, 3]
+    # row 0 begins with its second block
+    assert rows == [3, 2, 2, 2, 2, 2, 2, 2]
     assert rollouts.num_forwards == sum(rows)
 
 
 class HostReads(TorchFunctionMode):
-    """Calls that make the host wait for a device."""
+    """Calls that make the host wait for a device; a tensor made of Python numbers is copied there."""
 
     NAMES = (
         "tolist",
@@ -117,6 +121,8 @@ class HostReads(TorchFunctionMode):
         "cpu",
         "numpy",
         "unique",
+        "tensor",
+        "as_tensor",
     )
 
     def __init__(self) -> None:
@@ -130,7 +136,8 @@ class HostReads(TorchFunctionMode):
             isinstance(i, Tensor) and i.dtype == torch.bool
             for i in (args[1] if isinstance(args[1], tuple) else (args[1],))
         )
-        self.count += masks or getattr(func, "__name__", "") in self.NAMES
+        made = func is not torch.as_tensor or not isinstance(args[0], Tensor)
+        self.count += masks or (made and getattr(func, "__name__", "") in self.NAMES)
         return func(*args, **(kwargs or {}))
 
 
@@ -149,17 +156,35 @@ class Unwatched:
         return states
 
 
-def test_the_host_waits_once_a_block_and_never_a_step(decoder: MaskedDecoder) -> None:
-    def reads(steps: int, blocks: int) -> int:
-        cfg = replace(CFG, diffusion_steps=steps, block_length=16 // blocks)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"remasking": "rcr"},
+        {"alg_temp": 0.5, "top_k": 5, "cfg_scale": 0.5},
+        {"defer_tokens": (EOS,), "unmask_schedule": "dream"},
+    ],
+    ids=["plain", "rcr", "drawn", "deferred"],
+)
+def test_the_host_waits_twice_a_round_and_never_a_step(
+    decoder: MaskedDecoder, change: dict
+) -> None:
+    """Once to say who works, once to ask who stopped; rcr a second time for what each group of rows leaves masked."""
+
+    def reads(steps: int, blocks: int, rows: int = 9) -> int:
+        cfg = replace(
+            CFG, diffusion_steps=steps, block_length=16 // blocks, rollout_batch_size=rows
+        )
         with HostReads() as host:
-            denoise(Unwatched(decoder, host), hinted(canvases()), cfg, Seed(0))
+            denoise(Unwatched(decoder, host), canvases(), replace(cfg, **change), Seed(0))
         return host.count
 
+    a_round = 4 if change.get("remasking") else 2
     base = reads(1, 1)
     assert reads(16, 1) == base
-    assert reads(16, 4) - base <= 3
-    assert base <= 6
+    assert reads(16, 4) - base == 3 * a_round
+    assert reads(16, 1, rows=3) - base == 2 * a_round
+    assert base <= 10 + a_round  # of the call
 
 
 class Noisy(nn.Module):

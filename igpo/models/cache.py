@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ class KVCache:
     """Room for `capacity` tokens of each of B sequences, in every layer; for inference only.
 
     Exact where later tokens cannot change earlier ones: block-causal models whose cached blocks are complete. With full
-    attention it is an approximation (Fast-dLLM, arXiv:2505.22618).
+    attention keys and values of other columns are an approximation: view.
 
     length: tokens stored, the same for all rows; rows that have fewer store padding. keys, values:
     (layers, B, K, capacity, d), keys after rotation. real, blocks: (B, capacity). last: (B, D) the last real token's
@@ -43,6 +45,10 @@ class KVCache:
         self.length = 0
 
     @property
+    def batch(self) -> int:
+        return self.keys.shape[1]
+
+    @property
     def capacity(self) -> int:
         return self.keys.shape[3]
 
@@ -52,9 +58,9 @@ class KVCache:
             raise RuntimeError(
                 "KVCache: is written in place, got gradients enabled. Use torch.no_grad()."
             )
-        if batch != self.keys.shape[1]:
+        if batch != self.batch:
             raise ValueError(
-                f"KVCache: tokens must have {self.keys.shape[1]} rows, those of the cache, got {batch}."
+                f"KVCache: tokens must have {self.batch} rows, those of the cache, got {batch}."
             )
         if self.length + tokens > self.capacity:
             raise ValueError(
@@ -84,3 +90,25 @@ class KVCache:
         other.last = None if self.last is None else self.last[rows]
         other.length = self.length
         return other
+
+    def view(
+        self, slots: Tensor, *, in_order: bool = False, columns: Tensor | None = None, real: Tensor | None = None
+    ) -> CanvasView:  # fmt: skip
+        """Of sequences that are whole canvases of full attention."""
+        return CanvasView(self, slots, in_order, columns, real)
+
+
+@dataclass(frozen=True)
+class CanvasView:
+    """The canvases a call of `MaskedDecoder.hidden` is about: it computes and stores keys and values of their columns.
+
+    store: of T columns.   slots: (n,) int64, distinct, where the canvases lie in it.   in_order: slots are 0 … n-1.
+    columns: (n, W) int64, of the tokens, which see all T columns; None: all of them, by the model's own attention
+    backend.   real: (n, T) bool, which columns are no padding, for a window; None: all.
+    """
+
+    store: KVCache
+    slots: Tensor
+    in_order: bool
+    columns: Tensor | None
+    real: Tensor | None

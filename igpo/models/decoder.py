@@ -18,7 +18,7 @@ from igpo.types import Seed
 
 from . import storage
 from .attention import Attention, RMSNorm, Rotation, rotation, why_not
-from .cache import KVCache
+from .cache import CanvasView, KVCache
 from .decoder_config import MaskedDecoderConfig
 from .inputs import Inputs, aligned, aligned_streams, last_real, read_inputs, read_streams
 from .layout import MIN_ROWS, Plan
@@ -193,7 +193,7 @@ class MaskedDecoder(PreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         *,
-        cache: KVCache | None = None,
+        cache: KVCache | CanvasView | None = None,
         store: bool = False,
     ) -> Tensor:
         """The final hidden states, after the last norm: row i, through the head, predicts token i.
@@ -203,8 +203,9 @@ class MaskedDecoder(PreTrainedModel):
             attention_mask: (B, T), True or 1 on real tokens; padding is never attended to. None: all real.
                 Or (B | 1, 1, T, T) bool, True where a query may see a key; it replaces the model's own block mask.
             position_ids: (B, T) int64; blocks of a block-causal model are position_ids // block_length. None: 0..T-1.
-            cache: keys and values of tokens before these, which see them too. Only without gradients.
-            store: put these tokens into the cache as well; otherwise they leave it as it was.
+            cache: keys and values of tokens before these, which see them too; or a CanvasView, of which these are
+                columns, and which always stores them. Only without gradients.
+            store: put these tokens into the KVCache as well; otherwise they leave it as it was.
         Returns:
             (B, T, D) in the model's dtype. Rows on padding are finite and mean nothing.
         Raises:
@@ -212,8 +213,8 @@ class MaskedDecoder(PreTrainedModel):
         """
         inputs = self._inputs(tokens, attention_mask, position_ids, cache)
         states = self._states(inputs)
-        before = None if cache is None else cache.last
-        if cache is not None and store:
+        before = cache.last if isinstance(cache, KVCache) else None
+        if isinstance(cache, KVCache) and store:
             blocks = torch.zeros_like(tokens) if inputs.blocks is None else inputs.blocks
             cache.advance(inputs.real, blocks)
             last = last_real(inputs.real)[:, -1:, None].expand(-1, -1, states.shape[-1])
@@ -255,7 +256,7 @@ class MaskedDecoder(PreTrainedModel):
         tokens: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        cache: KVCache | None = None,
+        cache: KVCache | CanvasView | None = None,
     ) -> Inputs:
         return read_inputs(
             tokens, attention_mask, position_ids,

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cache import KVCache
+from .cache import CanvasView, KVCache
+from .canvas_cache import canvas_plan
 from .layout import MIN_ROWS, Cached, Dense, FlashVarlen, Flex, Packed, Plan
 
 
@@ -28,7 +29,7 @@ def read_inputs(
     *,
     backend: str,
     block_length: int | None,
-    cache: KVCache | None,
+    cache: KVCache | CanvasView | None,
 ) -> Inputs:
     """See MaskedDecoder.hidden. Raises ValueError."""
     _check(tokens, attention_mask, position_ids)
@@ -92,8 +93,11 @@ def read_streams(
 
 
 def _plan(
-    tokens: Tensor, mask: Tensor | None, blocks: Tensor | None, backend: str, cache: KVCache | None
-) -> Plan:
+    tokens: Tensor, mask: Tensor | None, blocks: Tensor | None, backend: str, cache: KVCache | CanvasView | None
+) -> Plan:  # fmt: skip
+    if isinstance(cache, CanvasView):
+        own = _plan(tokens, mask, blocks, backend, None)
+        return canvas_plan(cache, tokens, blocks, own)
     real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     if cache is not None:
         return Cached(cache, real, blocks)

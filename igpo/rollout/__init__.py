@@ -44,16 +44,19 @@ def denoise(
     block began (the remainder goes to the first steps), those of highest confidence. Hints never change, committed
     tokens only with remasking=remdm_conf and rcr, and mask_id is never drawn. cfg.remasking and the keys after it
     choose other published rules (docs/sampling.md): with threshold, factor or entropy_bound a step commits at least its
-    share, often more, and a row whose block is complete leaves the batch (the host waits for the device once a step).
+    share, often more, and a row whose block is complete goes on to the next one (the host waits for the device once a
+    step; else once a block).
 
     Hints leave fewer positions, so fewer are committed a step. A row with nothing left to commit sits out the rest of
-    the block's steps; one that came out all EOS (cfg.early_stop) stops, and EOS fills its masked positions.
+    the block's steps, and passes over blocks that are given; one that came out all EOS (cfg.early_stop) stops, and EOS
+    fills its masked positions. A row that is finished leaves, and the next one enters: cfg.rollout_batch_size of them
+    are in flight for as long as there are so many, each at its own block.
 
     A block-causal policy (policy.block_length is a number) is denoised in its own blocks: they count from the first
     token of the prompt, whose last tokens so share the first block, and cfg.block_length must be theirs. Each gets the
     steps of a block, and a row stops after the block that holds its first EOS, for later blocks change nothing before
     them. With cfg.use_cache keys and values of finished blocks are kept and only the current block is computed, which
-    is exact (SDAR, arXiv:2510.06303).
+    is exact (SDAR, arXiv:2510.06303); a row that enters takes the place of one that left.
 
     A row's tokens depend on (seed, its canvas, its row id) alone, not on the other rows or on rollout_batch_size, as
     far as the policy's own arithmetic does not. Within `igpo.ranks.process_group` the processes share the rows out; all
@@ -64,8 +67,8 @@ def denoise(
         canvas: B canvases; completion positions are either mask_id or frozen.
         cfg: block_length must divide L, the number of blocks must divide diffusion_steps; equal to policy.block_length.
         seed: of this training step; `Seed.named` separates rollouts of one step that must differ.
-        on_step: on_step(step, tokens) after each step, with a copy of all (B, T) tokens as they stand. Rows beyond
-            rollout_batch_size run later, from step 0.
+        on_step: on_step(step, tokens) after each step, with a copy of all (B, T) tokens as they stand. Rows then wait
+            for each other after every block, and those beyond rollout_batch_size run later, from step 0.
     Returns:
         Rollouts; steps are counted over the whole completion, the same for all rows of the batch (a block-causal policy
         whose blocks a completion does not fill evenly has one block of steps more). commit_logprob and
@@ -78,11 +81,7 @@ def denoise(
     """
 
     def denoised(canvas: Canvas) -> Rollouts:
-        sampler = Sampler(policy, canvas, cfg, seed, on_step)
-        size = len(canvas.tokens)
-        for first in range(0, size, cfg.rollout_batch_size):
-            sampler.run(list(range(first, min(first + cfg.rollout_batch_size, size))))
-        return sampler.rollouts()
+        return Sampler(policy, canvas, cfg, seed, on_step).run()
 
     with _eval_mode(policy):
         return over_processes(denoised, canvas)

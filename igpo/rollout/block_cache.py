@@ -2,55 +2,156 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .sampler import Sampler
+from igpo.types import Canvas
+
+from .blocks import Blocks
+from .flight import InFlight
 
 
 class BlockCache:
-    """Keys and values of finished blocks, for the rows that are still denoised."""
+    """A slot for every row in flight: what it keeps is exact, for later tokens change nothing before them.
 
-    def __init__(self, sampler: Sampler, live: list[int]) -> None:
-        self.sampler, self.held = sampler, list(live)
-        rows = torch.tensor(live, device=sampler.tokens.device)
-        canvas, width = sampler.canvas, sampler.cfg.block_length
-        prompts = canvas.attention_mask[rows, : canvas.prompt_length].sum(1)
-        whole = prompts - sampler.offset[rows]  # tokens in complete blocks
-        longest = int(whole.max())
-        blocks = max(sampler.num_blocks[row] for row in live)
-        policy: Any = sampler.policy
-        self.cache: Any = policy.new_cache(len(live), longest + blocks * width)
-        if longest:
-            place = torch.arange(longest, device=rows.device).expand(len(rows), -1)
-            first = canvas.prompt_length - prompts[:, None]
-            there = (first + place).clamp(max=canvas.prompt_length - 1)
-            tokens = sampler.tokens[rows[:, None], there]
-            policy.hidden(tokens, place < whole[:, None], place, cache=self.cache, store=True)
-            sampler.num_forwards += len(rows)
+    A slot holds the columns [0, filled) of its row without gaps; the block at work stands behind the longest slot,
+    where it is overwritten by the next step. A finished block moves from there to the end of its own slot. A row that
+    leaves frees its slot for one that enters.
 
-    def enter(self, block: int, live: list[int], rows: Tensor) -> None:
-        """Rows that left are dropped; the block before, complete now, is stored."""
-        if live != self.held:
-            where = {row: i for i, row in enumerate(self.held)}
-            self.cache = self.cache.take(
-                torch.tensor([where[row] for row in live], device=rows.device)
-            )
-            self.held = list(live)
-        if block:
-            self.hidden(block - 1, rows, store=True)
-            self.sampler.num_forwards += len(rows)
+    counted: rows go on together, and a finished block costs a call of its own. Else the finished blocks of some rows
+    are computed beside the steps of others.
+    """
 
-    def hidden(self, block: int, rows: Tensor, *, store: bool = False) -> Tensor:
-        """(n, block_length, D) of the block as it stands."""
-        canvas, policy = self.sampler.canvas, self.sampler.policy
-        columns = self.sampler.columns(block, rows)[0] + canvas.prompt_length
-        exist = columns < canvas.tokens.shape[1]
-        there = rows[:, None], columns.clamp(max=canvas.tokens.shape[1] - 1)
-        cached: Any = policy.hidden
-        return cached(
-            self.sampler.tokens[there], exist, canvas.position_ids[there], cache=self.cache, store=store
-        )  # fmt: skip
+    block_only, lockstep = True, False
+
+    def __init__(
+        self, policy: Any, canvas: Canvas, blocks: Blocks, tokens: Tensor, *, counted: bool
+    ) -> None:
+        self.policy, self.canvas, self.blocks, self.tokens = policy, canvas, blocks, tokens
+        self.counted, self.num_forwards = counted, 0
+        self.held: list[int] = []  # the row of each slot
+        self.stored: dict[int, int] = {}  # row -> blocks kept
+        self.behind: list[int] = []  # slots whose finished block is still to be computed
+        self.cache: Any = None
+
+    def enter(self, live: Sequence[InFlight]) -> None:
+        self._seat(live)
+        while True:
+            late = [r.row for r in live if self.stored[r.row] < r.block]
+            self.behind = [self.held.index(row) for row in late]
+            if not late or not (self.counted or len(late) == len(live)):
+                break
+            self._arrange(live)
+            self._compute()
+        for r in live:
+            r.ready = r.row not in late
+
+    def begin(self, live: Sequence[InFlight], rows: Tensor, blocks: Tensor) -> None:
+        self._arrange(live)
+        self.order = self._indices([self.held.index(r.row) for r in live])
+
+    def hidden(self, count: int) -> list[Tensor]:
+        self.num_forwards += count
+        return [self._compute()[self.order[:count]]]
+
+    def _seat(self, live: Sequence[InFlight]) -> None:
+        """Gives slots to rows that are new; without enough of them, the cache is made anew."""
+        alive = {r.row for r in live}
+        new = [r for r in live if r.row not in self.stored]
+        idle = [slot for slot, row in enumerate(self.held) if row not in alive]
+        if len(new) > len(idle):
+            assert len(new) == len(live), "rows enter where others left, or all at once"
+            longest = max(map(self._length, range(len(self.blocks.whole))))
+            self.cache = self.policy.new_cache(len(new), longest)
+            # what is hidden is multiplied by 0, and memory may hold NaN
+            self.cache.keys.zero_()
+            self.cache.values.zero_()
+            self.held, idle = [r.row for r in new], list(range(len(new)))
+        for slot, r in zip(idle, new, strict=False):
+            self.held[slot], self.stored[r.row] = r.row, r.block
+        if len(idle) > len(new):
+            kept = [slot for slot in range(len(self.held)) if slot not in idle[len(new) :]]
+            self.cache = self.cache.take(self._indices(kept))
+            self.held = [self.held[slot] for slot in kept]
+        if new:
+            self._prefill([r.row for r in new])
+
+    def _prefill(self, rows: list[int]) -> None:
+        """Computes all that stands before the first block of new rows."""
+        filled = [self._filled(row) for row in rows]
+        slots = self._indices([self.held.index(row) for row in rows])
+        self.cache.real[slots] = False
+        longest = max(filled)
+        if not longest:
+            return
+        there, stop = self._indices(rows), self._indices(filled)[:, None]
+        place = torch.arange(longest, device=self.tokens.device).expand(len(rows), -1)
+        first = self.canvas.prompt_length - self.blocks.prompts[there][:, None]
+        column = (first + place).clamp(max=self.tokens.shape[1] - 1)
+        part = self.policy.new_cache(len(rows), longest)
+        tokens = self.tokens[there[:, None], column]
+        self.policy.hidden(tokens, place < stop, place, cache=part, store=True)
+        self.num_forwards += len(rows)
+        self.cache.keys[:, slots, :, :longest] = part.keys
+        self.cache.values[:, slots, :, :longest] = part.values
+        self.cache.real[slots, :longest], self.cache.blocks[slots, :longest] = (
+            part.real,
+            part.blocks,
+        )
+        self._keep_last(slots, part.last)
+
+    def _arrange(self, live: Sequence[InFlight]) -> None:
+        """What each slot computes next: its row's block, or the finished one before it."""
+        at = {r.row: min(r.block, self.stored[r.row]) for r in live}
+        rows, blocks = self._indices([self.held, [at[row] for row in self.held]])
+        columns = self.blocks.columns(blocks, rows)[0] + self.canvas.prompt_length
+        self.exist = columns < self.tokens.shape[1]
+        self.there = rows[:, None], columns.clamp(max=self.tokens.shape[1] - 1)
+        self.position_ids = self.canvas.position_ids[self.there]
+        self.cache.length = max(self._filled(row) for row in self.held)
+
+    def _compute(self) -> Tensor:
+        """(slots, width, D) of the blocks as they stand; those that are finished are kept."""
+        cache, late = self.cache, bool(self.behind)
+        last, start = cache.last, cache.length
+        states = self.policy.hidden(
+            self.tokens[self.there], self.exist, self.position_ids, cache=cache, store=late
+        )
+        if late:
+            found, cache.last, cache.length = cache.last, last, start
+            self._move(slice(start, start + self.blocks.width), found)
+            self.num_forwards += len(self.behind)
+            self.behind = []
+        return states
+
+    def _move(self, here: slice, last: Tensor) -> None:
+        """Puts finished blocks from where they were computed to the ends of their slots."""
+        cache, slots = self.cache, self._indices(self.behind)
+        filled = self._indices([self._filled(self.held[slot]) for slot in self.behind])
+        to = slots[:, None], filled[:, None] + torch.arange(self.blocks.width, device=slots.device)
+        for kept in (cache.keys, cache.values):
+            by_column = kept.permute(1, 3, 0, 2, 4)  # slots, columns, layers, heads, channels
+            by_column[to] = by_column[slots, here]
+        real, blocks = cache.real[slots, here], cache.blocks[slots, here]
+        cache.real[:, here] = False
+        cache.real[to], cache.blocks[to] = real, blocks
+        self._keep_last(slots, last[slots])
+        for slot in self.behind:
+            self.stored[self.held[slot]] += 1
+
+    def _keep_last(self, slots: Tensor, last: Tensor) -> None:
+        if self.cache.last is None:
+            self.cache.last = last.new_zeros(len(self.held), last.shape[1])
+        self.cache.last[slots] = last
+
+    def _filled(self, row: int) -> int:
+        return self.blocks.whole[row] + self.stored[row] * self.blocks.width
+
+    def _length(self, row: int) -> int:
+        return self.blocks.whole[row] + self.blocks.num_blocks[row] * self.blocks.width
+
+    def _indices(self, values: Sequence[Any]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.tokens.device)

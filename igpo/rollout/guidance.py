@@ -1,11 +1,17 @@
-"""Classifier-free guidance: the canvas without what was given, and how its logits are combined."""
+"""Logits of hidden states; with classifier-free guidance of two, the second of the canvas without what was given."""
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from igpo.config import RolloutConfig
+from igpo.ops._head import head_logits
 from igpo.types import Canvas, Policy
+
+# MKL multiplies a handful of rows by other kernels than many: from here on a row's logits in float32 are the same bits
+# in any company (measured for the decoder: igpo/models/layout.py)
+MIN_ROWS = 16
 
 
 def check_guidance(policy: Policy, cfg: RolloutConfig) -> None:
@@ -28,3 +34,12 @@ def guided(conditional: Tensor, free: Tensor, scale: float) -> Tensor:
     """free + (scale + 1)(conditional - free) in float32. Source: LLaDA's released sampler; arXiv:2207.12598, eq. 6."""
     free = free.float()
     return free + (scale + 1) * (conditional.float() - free)
+
+
+def predicted(policy: Policy, states: list[Tensor], scale: float) -> Tensor:
+    """(M, V) logits of (M, D) hidden states; of two, the second without what was given, those of guidance."""
+    count = len(states[0])
+    if states[0].device.type == "cpu" and count < MIN_ROWS:
+        states = [F.pad(x, (0, 0, 0, MIN_ROWS - count)) for x in states]
+    logits, *free = (head_logits(x, policy.head_weight, policy.head_bias)[:count] for x in states)
+    return guided(logits, free[0], scale) if free else logits

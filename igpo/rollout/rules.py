@@ -15,6 +15,7 @@ from igpo.ops.unmask_step import UnmaskResult
 
 from .remask import Revise, least_confident, ranks, remdm_conf
 from .schedule import DREAM_EPS
+from .stability import check_stability
 
 
 class Moment(NamedTuple):
@@ -26,6 +27,7 @@ class Moment(NamedTuple):
     seed: int
     tick: int  # step of the whole rollout
     row_ids: Tensor
+    stable: Tensor | None = None  # (n, c) bool, cfg.kl_threshold: the others join no run
 
     def noise(self, shape: torch.Size) -> tuple[int, Tensor, Tensor]:
         """(key, position, row id) of one random number per column, each in a stream of its own."""
@@ -82,15 +84,17 @@ def top_quota(alg_temp: float) -> Choose:
 
 
 def above_threshold(threshold: float) -> Choose:
-    """Every column of at least this score (Fast-dLLM, arXiv:2505.22618, section 3.3)."""
+    """Every stable column of at least this score; those of highest score besides, up to the quota.
+
+    Source: Fast-dLLM (arXiv:2505.22618, section 3.3); where stable is asked for, KLASS (arXiv:2511.05664).
+    """
 
     def choose(result: UnmaskResult, at: Moment) -> Tensor:
-        score = result.score
-
-        def fits(order: Tensor) -> Tensor:
-            return score.gather(1, order) >= threshold
-
-        return prefix(score, result.committed, fits, at.quota)
+        ready = result.committed & (result.score >= threshold)
+        if at.stable is not None:
+            ready &= at.stable
+        score = result.score.masked_fill(ready, torch.inf)
+        return ready | result.committed & (ranks(score, result.committed) < max(1, at.quota))
 
     return choose
 
@@ -129,8 +133,9 @@ def deferring(choose: Choose, tokens: tuple[int, ...]) -> Choose:
     """The choice with positions whose candidate is one of `tokens` after all others."""
 
     def late(result: UnmaskResult, at: Moment) -> Tensor:
-        ids = torch.tensor(tokens, device=result.tokens.device)
-        score = result.score.masked_fill(torch.isin(result.tokens, ids), -torch.inf)
+        # compared one by one: ids on the device would be a copy that the host waits for
+        deferred = torch.stack([result.tokens == token for token in tokens]).any(0)
+        score = result.score.masked_fill(deferred, -torch.inf)
         return choose(result._replace(score=score), at)
 
     return late
@@ -194,6 +199,7 @@ def build_rule(cfg: RolloutConfig) -> Rule:
     }
     given = {name: value for name, (value, _) in options.items() if value is not None}
     _check(cfg.remasking, base, given)
+    check_stability(cfg)
     _check_deferred(cfg, base)
     if cfg.unmask_schedule != "even" and not base.scheduled:
         raise ValueError(

@@ -1,30 +1,37 @@
-"""The sampler behind denoise: one pass over the blocks of a batch of canvases."""
+"""The sampler behind denoise: rows in flight, a step of theirs, and who leaves and enters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from igpo.config import RolloutConfig
 from igpo.ops import unmask_step
-from igpo.ops._head import head_logits
 from igpo.ops.unmask_step import UnmaskResult
-from igpo.types import GIVEN, Canvas, Policy, Rollouts, Seed
+from igpo.types import Canvas, Policy, Rollouts, Seed
 
 from .block_cache import BlockCache
+from .blocks import Blocks
 from .filters import check_filters, filtered, is_filtered
-from .guidance import check_guidance, guided, unconditional
+from .flight import InFlight, Part, working
+from .guidance import check_guidance, predicted
+from .records import Records
 from .remask import BlockState, remask_key
 from .rules import Moment, build_rule
-from .schedule import SCHEDULES, Group, Part, counted, groups, scheduled, steps_per_block
+from .schedule import SCHEDULES, steps_per_block
+from .stability import Stability
+from .states import States, WholeCanvas
 
 OnStep = Callable[[int, Tensor], None]
 
 
 class Sampler:
-    """One call of denoise: its constants, and the results of all B rows, which the blocks fill in."""
+    """One call of denoise: its constants, and the records of all B rows, which the rounds fill in."""
 
     def __init__(
         self,
@@ -35,201 +42,154 @@ class Sampler:
         on_step: OnStep | None,
     ) -> None:
         _check(policy, canvas, cfg)
-        size, length = canvas.completion.shape
-        device = canvas.tokens.device
+        device, length = canvas.tokens.device, canvas.completion.shape[1]
         self.policy, self.canvas, self.cfg, self.on_step = policy, canvas, cfg, on_step
-        self.steps = steps_per_block(length, cfg)
-        self.rule, self.schedule = build_rule(cfg), SCHEDULES[cfg.unmask_schedule]
-        self.causal = getattr(policy, "block_length", None) is not None
-        # completion columns count from here in blocks: prompt tokens may stand in the first one
-        self.offset = torch.zeros(size, dtype=torch.int64, device=device)
-        self.num_blocks = [length // cfg.block_length] * size
-        if self.causal:
-            prompts = canvas.attention_mask[:, : canvas.prompt_length].sum(1)
-            self.offset = prompts % cfg.block_length
-            self.num_blocks = ((self.offset + length - 1) // cfg.block_length + 1).tolist()
-        block = (torch.arange(length, device=device) + self.offset[:, None]) // cfg.block_length
-        counts = torch.zeros(
-            size, max(self.num_blocks, default=0), dtype=torch.int64, device=device
-        )
-        masked = (canvas.completion == canvas.mask_id).long()
-        self.masked = counts.scatter_add(1, block, masked).tolist()  # row, block
+        steps = self.steps = steps_per_block(length, cfg)
+        self.rule = build_rule(cfg)
+        self.schedule = cache(lambda masked: SCHEDULES[cfg.unmask_schedule](masked, steps))
+        causal = getattr(policy, "block_length", None) is not None
+        self.blocks = Blocks(canvas, cfg.block_length, causal=causal, early_stop=cfg.early_stop)
         self.seed = seed.named(f"rollout/{seed.step}").value
         self.choice_seed = seed.named(f"rollout/{seed.step}/positions").value
         self.suppressed = torch.tensor((canvas.mask_id, *cfg.suppress_tokens), device=device)
         inside = [t for t in (canvas.mask_id, *cfg.suppress_tokens) if t < len(policy.head_weight)]
         self.banned = torch.tensor(inside, dtype=torch.int64, device=device)
-        self.tokens = canvas.tokens.clone()
-        self.step_map = torch.full_like(canvas.completion, GIVEN)
-        self.logprob = torch.zeros(size, length, device=device)
-        self.entropy = torch.zeros_like(self.logprob)
-        self.score = torch.zeros_like(self.logprob)
-        self.support = None
-        if cfg.record_support:
-            self.support = torch.full(
-                (size, length, cfg.top_k), -1, dtype=torch.int32, device=device
-            )
-        self.num_steps = [blocks * self.steps for blocks in self.num_blocks]
-        self.num_forwards = 0
+        self.stability = Stability.of(policy, cfg, self.banned, len(canvas.tokens))
+        self.records = Records(canvas, cfg.top_k if cfg.record_support else None)
+        self.num_steps = [blocks * self.steps for blocks in self.blocks.num_blocks]
+        self.states = self._states(causal and cfg.use_cache)
+        self.stopped: list[tuple[int, int]] = []  # (row, block it stopped after), to be filled
 
-    def run(self, live: list[int]) -> None:
-        """Denoises these rows, block after block; those that stop early leave."""
-        cache = BlockCache(self, live) if self.causal and self.cfg.use_cache else None
-        for block in range(max(self.num_blocks[row] for row in live)):
-            live = [row for row in live if block < self.num_blocks[row]]
-            if not live:
-                return
-            # most masked positions first: the rows that still commit at a step are a prefix
-            live.sort(key=lambda row: -self.masked[row][block])
-            rows = torch.tensor(live, device=self.tokens.device)
-            if cache is not None:
-                cache.enter(block, live, rows)
-            self._denoise_block(block, live, rows, cache)
-            live = self._close_block(block, live, rows)
+    def _states(self, use_cache: bool) -> States:
+        policy, canvas, tokens = self.policy, self.canvas, self.records.tokens
+        if use_cache:
+            return BlockCache(policy, canvas, self.blocks, tokens, counted=self.rule.counted)
+        return WholeCanvas(policy.hidden, canvas, tokens, guidance=self.cfg.cfg_scale > 0)
 
-    def rollouts(self) -> Rollouts:
-        num_steps = torch.tensor(self.num_steps, dtype=torch.int64, device=self.tokens.device)
+    def run(self) -> Rollouts:
+        """Denoises every row, cfg.rollout_batch_size at a time for as long as there are so many."""
+        live: list[InFlight] = []
+        waiting = deque(range(len(self.num_steps)))
+        while waiting or live:
+            # a watcher sees one batch after the other
+            room = 0 if live and self.on_step is not None else self.cfg.rollout_batch_size
+            while waiting and len(live) < room:
+                entered = self._from_block(waiting.popleft(), 0)
+                live += [] if entered is None else [entered]
+            if live:
+                live = self._round(live)
+            self._fill_stopped()
+        records, device = self.records, self.canvas.tokens.device
+        logprob, entropy, _ = records.statistics
         return Rollouts(
-            self.canvas, self.tokens, self.step_map, self.logprob, self.entropy, num_steps, self.num_forwards,
-            support=self.support,
+            self.canvas, records.tokens, records.step_map, logprob, entropy,
+            torch.tensor(self.num_steps, dtype=torch.int64, device=device), self.states.num_forwards,
+            support=records.support,
         )  # fmt: skip
 
-    def columns(self, block: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, block_length) completion columns of a block, and which exist; the first block may begin in the prompt."""
-        width = self.cfg.block_length
-        found = torch.arange(width, device=rows.device) + block * width - self.offset[rows, None]
-        return found, (found >= 0) & (found < self.logprob.shape[1])
+    def _from_block(self, row: int, block: int) -> InFlight | None:
+        """The row at its next block with something to denoise, or None where it has none."""
+        for b in range(block, self.blocks.num_blocks[row]):
+            left = self.blocks.masked[row][b]
+            if left or self.on_step is not None:
+                return InFlight(row, b, left, self.schedule(left))
+            if self.blocks.ends[row][b]:
+                self.stopped.append((row, b))
+                return None
+        return None
 
-    def _denoise_block(
-        self, block: int, live: list[int], rows: Tensor, cache: BlockCache | None
-    ) -> None:
-        plan = list(groups([self.masked[row][block] for row in live], self.steps, self.schedule))
-        for step in range(self.steps):
-            if self.rule.counted:
-                chosen, parts = scheduled(plan, step)
-            else:
-                left = self._num_masked(block, rows)
-                chosen, parts = counted(plan, step, left)
+    def _round(self, live: list[InFlight]) -> list[InFlight]:
+        """The steps of a block where all rows take as many, else one step. Returns the rows still in flight."""
+        counted = self.rule.counted
+        self.states.enter(live)
+        live.sort(key=InFlight.standing)
+        rows, blocks = self._indices([[r.row for r in live], [r.block for r in live]])
+        self.states.begin(live, rows, blocks)
+        revisions = [] if self.rule.revise is None else self._revisions(live)
+        for _ in range(self.steps if counted else 1):
+            parts = working(live, self.steps, counted=counted)
             if parts:
-                some = rows[chosen]
-                states = self._states(block, rows, chosen, cache)
-                for part in parts:
-                    where = slice(part.first, part.last)
-                    own = [hidden[where] for hidden in states]
-                    self._commit(block, step, part, some[where], own, cache is not None)
-            if self.rule.revise is not None:
-                self._revise(block, step, plan, rows)
+                self._step(parts, rows, blocks)
+            for run, some, remaining in revisions:
+                self._revise(run, some, remaining[:, run[0].step])
             if self.on_step is not None and parts:
-                self.on_step(block * self.steps + step, self.tokens.clone())
+                self.on_step(parts[0].tick, self.records.tokens.clone())
+            for r in live:
+                r.advance(counted=counted)
+        return self._close(live, rows, blocks)
 
-    def _revise(self, block: int, step: int, plan: list[Group], rows: Tensor) -> None:
-        """Masks again what the rule takes back; the records of these positions are as if they were never committed."""
-        assert self.rule.revise is not None, "called for a rule that takes nothing back"
-        found, exist = self.columns(block, rows)
-        inside, tick = found.clamp(0, self.logprob.shape[1] - 1), block * self.steps + step
-        there = rows[:, None], inside
-        when = self.step_map[there]
-        remaining = [0] * len(rows)
-        for group in plan:
-            rest = [sum(group.schedule[step + 1 :])] * (group.last - group.first)
-            remaining[group.first : group.last] = rest
-        again = self.rule.revise(
-            BlockState(
-                exist & (when >= 0), when == tick, self.score[there], self.logprob[there],
-                torch.tensor(remaining, device=rows.device), step, self.steps, remask_key(self.choice_seed, tick),
-                self.canvas.row_ids[rows],
-            )
-        )  # fmt: skip
-        back = torch.zeros_like(self.step_map[rows]).scatter_add_(1, inside, again.long()).bool()
-        records = [
-            (self.tokens[:, self.canvas.prompt_length :], self.canvas.mask_id),
-            (self.step_map, GIVEN), (self.logprob, 0), (self.entropy, 0),
-        ]  # fmt: skip
-        for record, nothing in records:
-            record[rows] = record[rows].masked_fill(back, nothing)
-        if self.support is not None:
-            self.support[rows] = self.support[rows].masked_fill(back[..., None], -1)
-
-    def _num_masked(self, block: int, rows: Tensor) -> list[int]:
-        """Of each row in the block, as it stands: the host waits for the device."""
-        found, exist = self.columns(block, rows)
-        return (exist & (self._at(rows, found) == self.canvas.mask_id)).sum(1).tolist()
-
-    def _states(
-        self, block: int, rows: Tensor, chosen: list[int] | slice, cache: BlockCache | None
-    ) -> list[Tensor]:
-        """Hidden states of the chosen rows' canvases, or with a cache of their blocks; with guidance also without
-        what was given."""
-        if cache is not None:
-            hidden = cache.hidden(block, rows)
-            self.num_forwards += len(hidden)
-            return [hidden[chosen]]
-        some, canvas = rows[chosen], self.canvas
-        tokens = [self.tokens[some]]
-        if self.cfg.cfg_scale:
-            tokens.append(unconditional(canvas, tokens[0], some))
-        self.num_forwards += len(some) * len(tokens)
-        mask, position_ids = canvas.attention_mask[some], canvas.position_ids[some]
-        return [self.policy.hidden(x, mask, position_ids) for x in tokens]
-
-    def _commit(
-        self,
-        block: int,
-        step: int,
-        part: Part,
-        rows: Tensor,
-        states: list[Tensor],
-        block_only: bool,
-    ) -> None:
-        """Commits positions of a part's rows, each of which has part.left masked ones.
-
-        states: hidden states of the whole canvas, or with block_only of the block.
-        """
-        shift, tick = self.canvas.prompt_length, block * self.steps + step
-        found, exist = self.columns(block, rows)
-        masked = exist & (self._at(rows, found) == self.canvas.mask_id)
+    def _step(self, parts: list[Part], rows: Tensor, blocks: Tensor) -> None:
+        """Commits positions of every part's rows; nothing here waits for the device."""
+        busy = parts[-1].last
+        states = self.states.hidden(busy)
+        rows = rows[:busy]
+        found, exist = self.blocks.columns(blocks[:busy], rows)
+        inside = self.blocks.tokens(self.records.tokens, rows, found)
+        masked = exist & (inside == self.canvas.mask_id)
         # the masked columns in ascending order; a draw is keyed by its place among them, a matter of this row alone
-        places = masked.byte().argsort(dim=1, descending=True, stable=True)[:, : part.left]
-        columns = found.gather(1, places)
-        there, local = rows[:, None], torch.arange(len(rows), device=rows.device)[:, None]
-        at = places if block_only else columns + shift
-        logits, *free = (
-            head_logits(hidden[local, at], self.policy.head_weight, self.policy.head_bias)
-            for hidden in states
-        )
-        if free:
-            logits = guided(logits, free[0], self.cfg.cfg_scale)
-        moment = Moment(
-            part.quota, step, self.steps, self.choice_seed, tick, self.canvas.row_ids[rows]
-        )
+        order = masked.byte().argsort(dim=1, descending=True, stable=True)
+        places = [order[part.rows, : part.left] for part in parts]
+        columns = [found[part.rows].gather(1, at) for part, at in zip(parts, places, strict=True)]
+        at = places if self.states.block_only else [c + self.canvas.prompt_length for c in columns]
+        picked = [self._picked(parts, hidden, at) for hidden in states]
+        logits = predicted(self.policy, picked, self.cfg.cfg_scale)
+        stable = self._stable(parts, rows, blocks, places, picked, logits)
+        logits, support = self._filtered(logits)
+        sizes, row_ids = [c.numel() for c in columns], self.canvas.row_ids[rows]
+        supports = [None] * len(parts) if support is None else support.split(sizes)
+        for part, where, own, kept, calm in zip(
+            parts, columns, logits.split(sizes), supports, stable, strict=True
+        ):
+            moment = Moment(
+                part.quota, part.step, self.steps, self.choice_seed, part.tick, row_ids[part.rows], calm
+            )  # fmt: skip
+            result = self._result(own.unflatten(0, where.shape), moment)
+            kept = None if kept is None else kept.unflatten(0, where.shape)
+            self.records.commit(rows[part.rows], where, part.tick, result, kept)
+
+    def _picked(self, parts: list[Part], hidden: Tensor, at: list[Tensor]) -> Tensor:
+        """(M, D) the states of the positions that may be committed, part after part."""
+        picked = []
+        for part, columns in zip(parts, at, strict=True):
+            own = hidden[part.rows]
+            local = torch.arange(len(own), device=own.device)[:, None]
+            picked.append(own[local, columns].flatten(0, 1))
+        return picked[0] if len(picked) == 1 else torch.cat(picked)
+
+    def _stable(
+        self, parts: list[Part], rows: Tensor, blocks: Tensor, places: list[Tensor], picked: list[Tensor],
+        logits: Tensor,
+    ) -> Sequence[Tensor | None]:  # fmt: skip
+        """Of each part, (n, c) bool: the positions whose distribution has stopped moving; None where no rule asks."""
+        if self.stability is None:
+            return [None] * len(parts)
+        device = rows.device
+        owners = [torch.arange(part.first, part.last, device=device) for part in parts]
+        owner = torch.cat([x.repeat_interleave(p.left) for x, p in zip(owners, parts, strict=True)])
+        at = torch.cat([x.flatten() for x in places])
+        found = self.stability.update(rows[owner], blocks[owner], at, picked, logits)
+        sizes = [x.numel() for x in places]
+        return [x.view(own.shape) for x, own in zip(found.split(sizes), places, strict=True)]
+
+    def _filtered(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(M, V) what candidates are drawn from, and with filters the tokens they leave, (M, K)."""
         support = None
         if is_filtered(self.cfg):
             logits, support = filtered(logits, self.banned, self.cfg)
-        result = self._result(logits, self.tokens[there, columns + shift], moment)
-        self.tokens[there, columns + shift] = result.tokens
-        for record, value in (
-            (self.step_map, torch.full_like(columns, tick)),
-            (self.logprob, result.logprob.float()),
-            (self.entropy, result.entropy.float()),
-            (self.score, result.score.float()),
-        ):
-            record[there, columns] = torch.where(result.committed, value, record[there, columns])
-        if self.support is not None and support is not None:
-            self.support[there, columns] = torch.where(
-                result.committed[..., None], support.int(), self.support[there, columns]
-            )
+        if self.rule.tempered and self.cfg.temperature:
+            logits = logits.float() / self.cfg.temperature
+        return logits, support
 
-    def _result(self, logits: Tensor, tokens: Tensor, at: Moment) -> UnmaskResult:
-        """One call of unmask_step, and the rule's own choice among its candidates where it has one."""
+    def _result(self, logits: Tensor, at: Moment) -> UnmaskResult:
+        """One call of unmask_step on masked positions, and the rule's own choice among its candidates if it has one."""
         rule, temperature = self.rule, self.cfg.temperature
-        if rule.tempered and temperature:
-            logits, temperature = logits.float() / temperature, 1.0
+        tokens = torch.full(logits.shape[:2], self.canvas.mask_id, device=logits.device)
         result = unmask_step(
             logits,
             tokens,
             mask_id=self.canvas.mask_id,
             num_unmask=at.quota if rule.choose is None else tokens.shape[1],
-            temperature=temperature,
+            temperature=1.0 if rule.tempered and temperature else temperature,
             confidence=rule.score,
             suppress_tokens=self.suppressed,
             seed=self.seed,
@@ -242,42 +202,69 @@ class Sampler:
         kept = torch.where(committed, result.tokens, tokens)
         return result._replace(tokens=kept, committed=committed)
 
-    def _close_block(self, block: int, live: list[int], rows: Tensor) -> list[int]:
-        """Fills rows that ended in this block with EOS; returns the others. The one host synchronisation of a block."""
-        found, exist = self.columns(block, rows)
-        tokens, eos_id = self._at(rows, found), self.canvas.eos_id
-        left = (exist & (tokens == self.canvas.mask_id)).any(1)
-        ended = torch.zeros_like(left)
-        if self.cfg.early_stop and eos_id is not None:
-            is_eos = tokens == eos_id
-            ended = (exist & is_eos).any(1) if self.causal else is_eos.all(1)
-        left, ended = torch.stack((left, ended)).tolist()
-        if any(left):
+    def _revisions(self, live: list[InFlight]) -> list[tuple[list[InFlight], Tensor, Tensor]]:
+        """Rows at the same block and step, their indices, and what the schedule leaves masked after each step."""
+        ready = sorted((r for r in live if r.ready), key=lambda r: (r.block, r.step))
+        runs = [list(run) for _, run in groupby(ready, key=lambda r: (r.block, r.step))]
+        return [
+            (run, self._indices([r.row for r in run]), self._indices([r.remaining for r in run]))
+            for run in runs
+        ]
+
+    def _revise(self, run: list[InFlight], rows: Tensor, remaining: Tensor) -> None:
+        """Masks again what the rule takes back."""
+        assert self.rule.revise is not None, "called for a rule that takes nothing back"
+        step, tick = run[0].step, run[0].block * self.steps + run[0].step
+        found, exist = self.blocks.columns(torch.full_like(rows, run[0].block), rows)
+        inside = found.clamp(0, self.blocks.length - 1)
+        there = rows[:, None], inside
+        when = self.records.step_map[there]
+        logprob, _, score = self.records.statistics[:, there[0], inside]
+        again = self.rule.revise(
+            BlockState(
+                exist & (when >= 0), when == tick, score, logprob, remaining, step, self.steps,
+                remask_key(self.choice_seed, tick), self.canvas.row_ids[rows],
+            )
+        )  # fmt: skip
+        self.records.take_back(rows, inside, again)
+
+    def _close(self, live: list[InFlight], rows: Tensor, blocks: Tensor) -> list[InFlight]:
+        """Rows whose block is complete go on to the next one or leave. The one wait for the device of a round."""
+        left, ended = self.blocks.look(self.records.tokens, rows, blocks)
+        for r, masked in zip(live, left, strict=True):
+            r.left = masked
+        bad = [r for r in live if r.step == self.steps and r.left]
+        if bad:
+            block = min(r.block for r in bad)
             raise FloatingPointError(
                 "denoise: the policy's logits must offer a candidate for every masked position, got none (NaN, or all "
-                f"-inf) in block {block} of rows {[row for row, bad in zip(live, left, strict=True) if bad]}. "
+                f"-inf) in block {block} of rows {sorted(r.row for r in bad if r.block == block)}. "
                 "Check the model's weights and dtype."
             )
-        finished = [row for row, end in zip(live, ended, strict=True) if end]
-        if finished and eos_id is not None:
-            self._fill_rest(block, finished, eos_id)
-        return [row for row, end in zip(live, ended, strict=True) if not end]
+        early = self.rule.revise is None  # else a complete block may be masked again
+        done = [r.step == self.steps or (early and not r.left) for r in live]
+        if (self.states.lockstep or self.on_step is not None) and not all(done):
+            return live
+        staying: list[InFlight | None] = []
+        for r, complete, end in zip(live, done, ended, strict=True):
+            if complete and end:
+                self.stopped.append((r.row, r.block))
+            else:
+                staying.append(self._from_block(r.row, r.block + 1) if complete else r)
+        return [r for r in staying if r is not None]
 
-    def _fill_rest(self, block: int, finished: list[int], eos_id: int) -> None:
-        num_steps = (block + 1) * self.steps
-        rows = torch.tensor(finished, device=self.tokens.device)
-        completion = self.tokens[:, self.canvas.prompt_length :]
-        # what a block before left masked does not exist: the rest are the masked columns
-        masked = completion[rows] == self.canvas.mask_id
-        completion[rows] = torch.where(masked, eos_id, completion[rows])
-        self.step_map[rows] = torch.where(masked, num_steps, self.step_map[rows])
-        for row in finished:
-            self.num_steps[row] = num_steps
+    def _fill_stopped(self) -> None:
+        """Fills the rows that stopped with EOS."""
+        if self.stopped and self.canvas.eos_id is not None:
+            for row, block in self.stopped:
+                self.num_steps[row] = (block + 1) * self.steps
+            rows = [row for row, _ in self.stopped]
+            taken = self._indices([rows, [self.num_steps[row] for row in rows]])
+            self.records.fill(taken[0], self.canvas.eos_id, taken[1])
+            self.stopped = []
 
-    def _at(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Tokens of completion columns; of the nearest one there is for those outside."""
-        there = (columns + self.canvas.prompt_length).clamp(0, self.tokens.shape[1] - 1)
-        return self.tokens[rows[:, None], there]
+    def _indices(self, values: Sequence[object]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.canvas.tokens.device)
 
 
 def _check(policy: Policy, canvas: Canvas, cfg: RolloutConfig) -> None:

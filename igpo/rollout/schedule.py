@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -67,62 +65,3 @@ def pseudo_order(length: int, rollout: RolloutConfig) -> Tensor:
     within = torch.arange(steps).repeat_interleave(counts)
     blocks = torch.arange(length // rollout.block_length)[:, None]
     return (within + steps * blocks).flatten()
-
-
-@dataclass(frozen=True)
-class Group:
-    """Rows [first, last) of a block's working order; each had `masked` positions masked when the block began."""
-
-    first: int
-    last: int
-    masked: int
-    schedule: list[int]  # commits of each step
-
-
-def groups(masked: list[int], steps: int, schedule: Schedule) -> Iterator[Group]:
-    """Runs of equal counts (sorted, most first), without those that have nothing to denoise."""
-    first = 0
-    for count, run in groupby(masked):
-        last = first + len(list(run))
-        if count:
-            yield Group(first, last, count, schedule(count, steps))
-        first = last
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows [first, last) of those computed at a step: each has `left` masked positions and a schedule of `quota`."""
-
-    first: int
-    last: int
-    left: int
-    quota: int
-
-
-def scheduled(plan: list[Group], step: int) -> tuple[slice, list[Part]]:
-    """The rows computed at a step, and their parts, when every row commits what its schedule says."""
-    parts = [
-        Part(
-            group.first, group.last, group.masked - sum(group.schedule[:step]), group.schedule[step]
-        )
-        for group in plan
-        if group.schedule[step] > 0
-    ]
-    return slice(0, parts[-1].last if parts else 0), parts
-
-
-def counted(plan: list[Group], step: int, left: list[int]) -> tuple[list[int], list[Part]]:
-    """The same where rows may be ahead of their schedule: left says what is masked in each row of the block's order."""
-    state = [
-        (left[row], group.schedule[step], row)
-        for group in plan
-        for row in range(group.first, group.last)
-        if left[row]
-    ]
-    state.sort(key=lambda s: (-s[0], -s[1]))
-    parts, first = [], 0
-    for (masked, quota), run in groupby(state, key=lambda s: s[:2]):
-        last = first + len(list(run))
-        parts.append(Part(first, last, masked, quota))
-        first = last
-    return [row for _, _, row in state], parts
