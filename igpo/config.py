@@ -87,6 +87,7 @@ class RolloutConfig:
     early_stop: bool = True  # stop a sequence once a block of it is all EOS
     use_cache: bool = True  # block-causal models keep keys and values of finished blocks; exact
     rollout_batch_size: int = 64  # sequences denoised at once; does not change anyone's tokens
+    cuda_graphs: str = "auto"  # forwards replayed from graphs (docs/sampling.md); or on, off
 
 
 @dataclass(frozen=True)

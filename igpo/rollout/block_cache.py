@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from igpo.types import Canvas
 
 from .blocks import Blocks
 from .flight import InFlight
+from .graphs import Fix
 
 
 class BlockCache:
@@ -22,20 +24,22 @@ class BlockCache:
     leaves frees its slot for one that enters.
 
     counted: rows go on together, and a finished block costs a call of its own. Else the finished blocks of some rows
-    are computed beside the steps of others.
+    are computed beside the steps of others.   fix: see graphs; the block at work then stands at the end of the cache,
+    and slots are given back by halves. None: shapes follow what is kept and in flight.
     """
 
     block_only, lockstep = True, False
 
     def __init__(
-        self, policy: Any, canvas: Canvas, blocks: Blocks, tokens: Tensor, *, counted: bool
-    ) -> None:
+        self, policy: Any, canvas: Canvas, blocks: Blocks, tokens: Tensor, *, counted: bool, fix: Fix | None
+    ) -> None:  # fmt: skip
         self.policy, self.canvas, self.blocks, self.tokens = policy, canvas, blocks, tokens
-        self.counted, self.num_forwards = counted, 0
+        self.counted, self.fix, self.num_forwards = counted, fix, 0
         self.held: list[int] = []  # the row of each slot
         self.stored: dict[int, int] = {}  # row -> blocks kept
         self.behind: list[int] = []  # slots whose finished block is still to be computed
         self.cache: Any = None
+        self.run: Any = None  # of a step; None: to be made for this cache
 
     def enter(self, live: Sequence[InFlight]) -> None:
         self._seat(live)
@@ -69,12 +73,14 @@ class BlockCache:
             # what is hidden is multiplied by 0, and memory may hold NaN
             self.cache.keys.zero_()
             self.cache.values.zero_()
-            self.held, idle = [r.row for r in new], list(range(len(new)))
+            self.cache.last = self.cache.keys.new_zeros(len(new), self.policy.head_weight.shape[1])
+            self.held, idle, self.run = [r.row for r in new], list(range(len(new))), None
         for slot, r in zip(idle, new, strict=False):
             self.held[slot], self.stored[r.row] = r.row, r.block
-        if len(idle) > len(new):
-            kept = [slot for slot in range(len(self.held)) if slot not in idle[len(new) :]]
-            self.cache = self.cache.take(self._indices(kept))
+        spare = idle[len(new) :]
+        if spare and (self.fix is None or 2 * len(live) <= len(self.held)):
+            kept = [slot for slot in range(len(self.held)) if slot not in spare]
+            self.cache, self.run = self.cache.take(self._indices(kept)), None
             self.held = [self.held[slot] for slot in kept]
         if new:
             self._prefill([r.row for r in new])
@@ -101,30 +107,34 @@ class BlockCache:
             part.real,
             part.blocks,
         )
-        self._keep_last(slots, part.last)
+        self.cache.last[slots] = part.last
 
     def _arrange(self, live: Sequence[InFlight]) -> None:
         """What each slot computes next: its row's block, or the finished one before it."""
         at = {r.row: min(r.block, self.stored[r.row]) for r in live}
-        rows, blocks = self._indices([self.held, [at[row] for row in self.held]])
+        rows, blocks = self._indices([self.held, [at.get(row, 0) for row in self.held]])
         columns = self.blocks.columns(blocks, rows)[0] + self.canvas.prompt_length
         self.exist = columns < self.tokens.shape[1]
         self.there = rows[:, None], columns.clamp(max=self.tokens.shape[1] - 1)
         self.position_ids = self.canvas.position_ids[self.there]
         self.cache.length = max(self._filled(row) for row in self.held)
+        if self.fix is not None:
+            self.cache.length = self.cache.capacity - self.blocks.width
 
     def _compute(self) -> Tensor:
         """(slots, width, D) of the blocks as they stand; those that are finished are kept."""
-        cache, late = self.cache, bool(self.behind)
+        cache, inputs = self.cache, (self.tokens[self.there], self.exist, self.position_ids)
+        if not self.behind:
+            if self.run is None:
+                step = partial(self.policy.hidden, cache=cache)
+                self.run = step if self.fix is None else self.fix(step, inputs)
+            return self.run(*inputs)
         last, start = cache.last, cache.length
-        states = self.policy.hidden(
-            self.tokens[self.there], self.exist, self.position_ids, cache=cache, store=late
-        )
-        if late:
-            found, cache.last, cache.length = cache.last, last, start
-            self._move(slice(start, start + self.blocks.width), found)
-            self.num_forwards += len(self.behind)
-            self.behind = []
+        states = self.policy.hidden(*inputs, cache=cache, store=True)
+        found, cache.last, cache.length = cache.last, last, start
+        self._move(slice(start, start + self.blocks.width), found)
+        self.num_forwards += len(self.behind)
+        self.behind = []
         return states
 
     def _move(self, here: slice, last: Tensor) -> None:
@@ -138,14 +148,9 @@ class BlockCache:
         real, blocks = cache.real[slots, here], cache.blocks[slots, here]
         cache.real[:, here] = False
         cache.real[to], cache.blocks[to] = real, blocks
-        self._keep_last(slots, last[slots])
+        cache.last[slots] = last[slots]
         for slot in self.behind:
             self.stored[self.held[slot]] += 1
-
-    def _keep_last(self, slots: Tensor, last: Tensor) -> None:
-        if self.cache.last is None:
-            self.cache.last = last.new_zeros(len(self.held), last.shape[1])
-        self.cache.last[slots] = last
 
     def _filled(self, row: int) -> int:
         return self.blocks.whole[row] + self.stored[row] * self.blocks.width

@@ -19,6 +19,7 @@ from .block_cache import BlockCache
 from .blocks import Blocks
 from .filters import check_filters, filtered, is_filtered
 from .flight import InFlight, Part, working
+from .graphs import fixed_shapes
 from .guidance import check_guidance, predicted
 from .records import Records
 from .remask import BlockState, remask_key
@@ -61,10 +62,13 @@ class Sampler:
         self.stopped: list[tuple[int, int]] = []  # (row, block it stopped after), to be filled
 
     def _states(self, use_cache: bool) -> States:
-        policy, canvas, tokens = self.policy, self.canvas, self.records.tokens
+        policy, canvas, cfg, tokens = self.policy, self.canvas, self.cfg, self.records.tokens
+        fix = fixed_shapes(policy, tokens.device, cfg.cuda_graphs)
         if use_cache:
-            return BlockCache(policy, canvas, self.blocks, tokens, counted=self.rule.counted)
-        return WholeCanvas(policy.hidden, canvas, tokens, guidance=self.cfg.cfg_scale > 0)
+            counted = self.rule.counted
+            return BlockCache(policy, canvas, self.blocks, tokens, counted=counted, fix=fix)
+        batch, guidance = cfg.rollout_batch_size, cfg.cfg_scale > 0
+        return WholeCanvas(policy, canvas, tokens, guidance=guidance, batch=batch, fix=fix)
 
     def run(self) -> Rollouts:
         """Denoises every row, cfg.rollout_batch_size at a time for as long as there are so many."""

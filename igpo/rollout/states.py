@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from igpo.types import Canvas
+from igpo.types import Canvas, Policy
 
 from .flight import InFlight
+from .graphs import Fix
 from .guidance import unconditional
-
-Hidden = Callable[[Tensor, Tensor, Tensor], Tensor]  # of igpo.types.Policy
 
 
 class States(Protocol):
@@ -46,13 +46,23 @@ class States(Protocol):
 
 
 class WholeCanvas:
-    """Every step computes the whole canvas anew: exact for every policy."""
+    """Every step computes the whole canvas anew: exact for every policy.
+
+    batch: rows in flight at most.   fix: see graphs; None: shapes follow the number of rows that work.
+    """
 
     block_only = lockstep = False
 
-    def __init__(self, hidden: Hidden, canvas: Canvas, tokens: Tensor, *, guidance: bool) -> None:
-        self.run, self.canvas, self.tokens, self.guidance = hidden, canvas, tokens, guidance
+    def __init__(
+        self, policy: Policy, canvas: Canvas, tokens: Tensor, *, guidance: bool, batch: int, fix: Fix | None
+    ) -> None:  # fmt: skip
+        self.canvas, self.tokens, self.guidance = canvas, tokens, guidance
         self.num_forwards = 0
+        self.run = policy.hidden
+        if fix is not None and len(tokens):
+            first = torch.arange(min(batch, len(tokens)), device=tokens.device)
+            inputs = (tokens, canvas.attention_mask, canvas.position_ids)
+            self.run = fix(policy.hidden, [x[first] for x in inputs])
 
     def enter(self, live: Sequence[InFlight]) -> None:
         pass
@@ -69,6 +79,6 @@ class WholeCanvas:
         found = self.run(tokens, mask, position_ids)
         if not self.guidance:
             return [found]
-        # what runs may return the same memory twice
+        # of fixed shape, both results lie in the same memory
         free = unconditional(self.canvas, tokens, rows)
         return [found.clone(), self.run(free, mask, position_ids)]
