@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from igpo.canvas import GENERATIONS_PER_PROMPT
 from igpo.config import RolloutConfig
 from igpo.rollout import denoise, pseudo_order, steps_per_block
 from igpo.types import Canvas, Graded, Policy, Predictions, Prompt, Rollouts, Seed
@@ -25,17 +26,37 @@ def resumed(canvas: Canvas, completion: Tensor, masked: Tensor) -> Canvas:
     return replace(canvas, tokens=tokens, frozen=~masked)
 
 
-def mean_reward(
-    policy: Policy, canvas: Canvas, prompts: Sequence[Prompt], cfg: RolloutConfig, grade: Grade, count: int,
-    seed: Seed,
+def mean_rewards(
+    policy: Policy, canvases: Sequence[Canvas], prompts: Sequence[Prompt], cfg: RolloutConfig, grade: Grade,
+    count: int, seed: Seed,
 ) -> tuple[Tensor, int]:  # fmt: skip
-    """(B,) float64: the mean reward of `count` completions of each canvas; and the forwards they took."""
-    total, spent = torch.zeros(len(canvas.tokens), dtype=torch.float64), 0
-    for k in range(count):
-        rollouts = denoise(policy, canvas, cfg, seed.named(f"value/{k}"))
-        total = total.to(rollouts.tokens.device) + grade(rollouts, prompts).rewards.double()
-        spent += rollouts.num_forwards
-    return total / count, spent
+    """(C, B) float64: the mean reward of `count` completions of each row of C canvases; and the forwards they took.
+
+    All are denoised as one batch; completion k of canvas c has row ids of its own among those of its prompt.
+    Raises ValueError where a prompt has too few row ids for that.
+    """
+    copies = len(canvases) * count
+    share = GENERATIONS_PER_PROMPT // copies
+    last = int((canvases[0].row_ids % GENERATIONS_PER_PROMPT).max())
+    if last >= share:
+        raise ValueError(
+            f"mean_rewards: row ids of a prompt must be below {share} to have {copies} completions each, got {last}. "
+            "Lower num_generations or num_values."
+        )
+    moved = [
+        replace(canvas, row_ids=canvas.row_ids + share * (c * count + k))
+        for c, canvas in enumerate(canvases)
+        for k in range(count)
+    ]
+    rollouts = denoise(policy, _stacked(moved), cfg, seed.named("value"))
+    rewards = grade(rollouts, prompts).rewards.double()
+    return rewards.view(len(canvases), count, -1).mean(1), rollouts.num_forwards
+
+
+def _stacked(canvases: Sequence[Canvas]) -> Canvas:
+    """Their rows, one canvas after the other."""
+    names = ("tokens", "attention_mask", "position_ids", "frozen", "row_ids", "group_ids")
+    return replace(canvases[0], **{n: torch.cat([getattr(c, n) for c in canvases]) for n in names})
 
 
 @dataclass(frozen=True)
@@ -44,7 +65,8 @@ class VineExplorer:
 
     V(z_b) is the mean reward of num_values fresh completions of the canvas before block b; before the first block the
     mean reward of the group stands for it, after the last the reward itself. `credit`: V(z_{b+1}) - V(z_b) for every
-    token of block b, (B, L). Cost: num_values times the remaining steps, per boundary and row.
+    token of block b, (B, L). Cost: num_values times the remaining steps, per boundary and row;
+    all of them are denoised as one batch.
 
     Source: arXiv:2410.01679 (VinePPO), equation 6; blocks for its reasoning steps are ours.
     """
@@ -63,14 +85,17 @@ class VineExplorer:
         rewards = graded.rewards.double()
         size = torch.bincount(group).double()
         values = [(size.new_zeros(len(size)).index_add(0, group, rewards) / size)[group]]
+        masked = [rollouts.step_map >= block * per_block for block in range(1, blocks)]
         spent = rollouts.num_forwards
-        for block in range(1, blocks):
-            masked = rollouts.step_map >= block * per_block
-            canvas = resumed(rollouts.canvas, rollouts.completion, masked)
-            value, forwards = mean_reward(
-                policy, canvas, prompts, self.rollout, self.grade, self.num_values, seed.named(f"vine/{block}")
+        if masked:
+            canvases = [resumed(rollouts.canvas, rollouts.completion, hidden) for hidden in masked]
+            found, forwards = mean_rewards(
+                policy, canvases, prompts, self.rollout, self.grade, self.num_values, seed.named("vine")
             )  # fmt: skip
-            values.append(torch.where(masked.any(1), value, rewards))
+            # nothing left to denoise: the completion itself
+            values += [
+                torch.where(m.any(1), v, rewards) for m, v in zip(masked, found, strict=True)
+            ]
             spent += forwards
         gained = torch.stack([*values, rewards], 1).diff(dim=1).float()  # (B, blocks)
         credit = gained.repeat_interleave(self.rollout.block_length, 1)
@@ -131,9 +156,10 @@ class CandidateExplorer:
         )
         if not bool(masked.any()):
             return self.grade(_as(graded.rollouts, completion), prompts).rewards.double(), 0
-        return mean_reward(
-            policy, resumed(canvas, completion, masked), prompts, self.rollout, self.grade, self.num_values, seed
+        (value,), forwards = mean_rewards(
+            policy, [resumed(canvas, completion, masked)], prompts, self.rollout, self.grade, self.num_values, seed
         )  # fmt: skip
+        return value, forwards
 
     def _chosen(
         self, prompts: Sequence[Prompt], graded: Graded, completion: Tensor, proposed: Sequence[Tensor],
