@@ -106,7 +106,7 @@ ALGORITHMS: dict[str, Composition] = {
     "c3po": Composition("none", "mean_field", "clip", checks.budget),
     # arXiv:2505.15311: squared trajectory Bellman residual
     "tbrm": Composition("none", "elbo", "bellman", advantage="reward"),
-    # arXiv:2505.19223: DPO with ELBOs on shared draws; pairs are a group's best and worst completions
+    # arXiv:2505.19223: DPO with ELBOs on shared draws; pairs of a dataset, or a group's best and worst completions
     "vrpo": Composition("none", "elbo", "preference", advantage="best_and_worst"),
     # arXiv:2507.08838: wd1 on the predictions made along the way
     "wd1pp": Composition("predictions", "predicted", "likelihood", advantage="softmax_difference"),
