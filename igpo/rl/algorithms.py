@@ -142,6 +142,7 @@ def build_algorithm(
     estimator, objective = likelihoods[str(cfg.likelihood)], OBJECTIVES[str(cfg.objective)](cfg)
     checks.fit(cfg, estimator, objective, made.advantage, made.explorer)
     checks.replayed(cfg, rollout, estimator)
+    checks.fits_budget(cfg, rollout)
     return Algorithm(
         explorer=EXPLORERS[made.explorer](cfg, rollout, grade, pad_id),
         advantage=OWN_ADVANTAGES[made.advantage](cfg) if made.advantage else ADVANTAGES[cfg.scale_rewards],
@@ -172,6 +173,7 @@ def _likelihood(
         once=reweigh == "target",
         temperature=cfg.draws.likelihood_temperature,
         block_length=rollout.block_length if estimator.block_causal else None,
+        token_budget=cfg.method.token_budget if cfg.loss_type == "budget" else None,
     )
 
 
