@@ -140,8 +140,7 @@ class MethodConfig:
     kept_predictions: int = 4  # MDPO: of these, trained on
     num_values: int = 2  # VinePPO, LINVIT: completions behind a value
     value_temperature: float = 0.25  # LINVIT: lambda (ours: rewards are 0 or 1)
-    # loss_type=budget (C3PO): tokens a loss is divided by (ours: 64 completions of 256)
-    token_budget: int = 16384
+    token_budget: int = 16384  # loss_type=budget (C3PO): tokens of an update (ours: 64 x 256)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from .rewards.shared import over_processes
 from .rl.algorithms import Algorithm, Grade, build_algorithm
 from .rl.explorer import SECOND_ATTEMPT
 from .rl.gradient import accumulate
+from .rl.pairs import check_pairs, graded_pairs, has_pairs
 from .rollout import denoise
 from .types import Graded, Metrics, PolicyBatch, Prompt, Seed
 
@@ -75,9 +76,7 @@ def train(run: Run, log: RunLog) -> Metrics:
             prompts = run.batches.at(step)
 
             # sample G completions of every prompt from the policy, and grade them
-            canvas = masked_canvases(prompts, **_canvas_options(run))
-            rollouts = denoise(policy, canvas, cfg.rollout, seed)
-            graded = run.grade(rollouts, prompts)
+            graded = collect(run, prompts, seed)
 
             # IGPO: a group with no correct completion gets some that are generated around hints from the trace
             rescued = algorithm.explorer(policy, prompts, graded, seed)
@@ -93,6 +92,16 @@ def train(run: Run, log: RunLog) -> Metrics:
                 )
             book.end(step, prompts, graded, rescued, advantages, updates)
     return book.last
+
+
+def collect(run: Run, prompts: Sequence[Prompt], seed: Seed) -> Graded:
+    """The completions to learn from, graded: the policy's own, or the pairs of a preference dataset."""
+    options = _canvas_options(run)
+    if has_pairs(prompts):
+        canvas = masked_canvases(prompts, **{**options, "num_generations": 2})
+        return graded_pairs(prompts, canvas, run.cfg.rollout)
+    rollouts = denoise(run.policy, masked_canvases(prompts, **options), run.cfg.rollout, seed)
+    return run.grade(rollouts, prompts)
 
 
 def update(run: Run, batch: PolicyBatch, advantages: Tensor, inner: int, where: str) -> Metrics:
@@ -159,6 +168,8 @@ def set_up(cfg: Config) -> Run:
     prompts = load_prompts(cfg.data.train_file, cfg.data, tokenizer)
     grade = over_processes(make_grader(tokenizer, cfg.reward))
     algorithm = build_algorithm(cfg.rl, cfg.rollout, grade, pad_id=tokenizer.pad_token_id)
+    if has_pairs(prompts):
+        check_pairs(prompts, algorithm, cfg.rollout.max_completion_length, tokenizer.eos_token_id)
     policy = build_policy(cfg, tokenizer)
     algorithm.likelihood.check(policy)
     # before a checkpoint's weights are loaded

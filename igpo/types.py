@@ -57,7 +57,8 @@ class Prompt:
 
     text: as shown to a reward function.   ids: its tokens.   row_id: its place in the dataset, the key of its random
     streams.   answer: ground truth, None when there is none.   trace: a worked solution, for hints; trace_ids its
-    tokens, of which the first hint_length may be shown (the final answer comes after them).   columns: every other
+    tokens, of which the first hint_length may be shown (the final answer comes after them).   pair: the tokens of the
+    chosen and the rejected completion of a preference dataset, EOS included; None elsewhere.   columns: every other
     dataset column, passed to reward functions.
     """
 
@@ -68,6 +69,7 @@ class Prompt:
     trace: str | None = None
     trace_ids: tuple[int, ...] = ()
     hint_length: int = 0
+    pair: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 

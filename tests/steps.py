@@ -23,7 +23,7 @@ COMMON = AlgorithmConfig(
 # what an algorithm cannot do without
 OPTIONS = {
     "espo": {"importance_sampling_level": "sequence", "kl_estimator": "k2", "kl_level": "sequence", "beta": 0.1},
-    "c3po": {"loss_type": "budget"},
+    "c3po": {"loss_type": "budget", "method": replace(COMMON.method, token_budget=100)},
     "tbrm": {"beta": 0.5},
     "vrpo": {"beta": 0.5},
     "tracerl": {"kl_to": "old", "beta": 0.1},

@@ -32,7 +32,7 @@ def load_prompts(
     Args:
         path: a file (.jsonl, .csv, .parquet), a folder or hub dataset ("owner/name:config@split"), a dataset by name
             ("gsm8k@test", igpo.data.RECIPES), or a name with a place ("math500=FILE"). None, an option without a value,
-            is an error.
+            is an error. Rows with `chosen` and `rejected` are preference pairs, and need no trace and no answer.
         cfg: for datasets without a name, the columns: the answer is in answer_column, or else follows answer_marker in
             the trace.
         tokenizer: a fast tokenizer with eos_token.
@@ -91,8 +91,9 @@ def _prompts(
     tokens = tokenizer(traces, add_special_tokens=False, return_offsets_mapping=True)
     tokenized = zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
     prompts = []
-    for problem, ids, trace, start, (trace_ids, offsets) in zip(
-        found, all_ids, traces, starts, tokenized, strict=True
+    pairs = _pairs(found, tokenizer)
+    for problem, ids, trace, start, (trace_ids, offsets), pair in zip(
+        found, all_ids, traces, starts, tokenized, pairs, strict=True
     ):
         end = start + hint_end(problem.solution or "", problem.answer)
         shown = next((i for i, (_, stop) in enumerate(offsets) if stop > end), len(offsets))
@@ -101,10 +102,18 @@ def _prompts(
             Prompt(
                 text=problem.question, ids=ids, row_id=problem.row.row_id, answer=problem.answer,
                 trace=trace if there else None, trace_ids=(*trace_ids, tokenizer.eos_token_id) if there else (),
-                hint_length=shown, columns=problem.columns,
+                hint_length=shown, columns=problem.columns, pair=pair,
             )
         )  # fmt: skip
     return prompts
+
+
+def _pairs(found: Sequence[Problem], tokenizer: Any) -> list[Any]:
+    """Of every problem the tokens of its two completions, EOS included; None where it has none."""
+    texts = [text for problem in found for text in problem.pair or ()]
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    ids = iter([(*tokens, tokenizer.eos_token_id) for tokens in encoded])
+    return [None if problem.pair is None else (next(ids), next(ids)) for problem in found]
 
 
 def hint_end(solution: str, answer: str | None) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from igpo.config import DataConfig
 from igpo.text import last_box
 
+from .preferences import is_pair, preference
 from .sources import DataError, Row, Source, rows, short
 
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
@@ -28,6 +29,7 @@ class Problem:
 
     question: the problem, without instructions.   solution: a worked solution without the line that states its answer,
     None when there is none.   answer: what is right, as text; None when unknown.   columns: for reward functions.
+    pair: the chosen and the rejected completion of a preference dataset.
     """
 
     row: Row
@@ -35,6 +37,7 @@ class Problem:
     solution: str | None = None
     answer: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    pair: tuple[str, str] | None = None
 
 
 def strip_calculator_annotations(text: str) -> str:
@@ -194,7 +197,13 @@ def problems(text: str, cfg: DataConfig, limit: int | None = None) -> Iterator[P
 
 
 def of_columns(row: Row, cfg: DataConfig) -> Problem:
-    """A row of any dataset, read by the columns cfg names."""
+    """A row of any dataset, read by the columns cfg names; a preference pair where it has `chosen` and `rejected`."""
+    if is_pair(row):
+        question, pair = preference(row, cfg.prompt_column)
+        others = _others(row, cfg.prompt_column, "prompt")
+        return Problem(
+            row, question, columns={**others, "chosen": pair[0], "rejected": pair[1]}, pair=pair
+        )
     question = row.text(cfg.prompt_column, advice="Set prompt_column to one of these.")
     raw = None
     if cfg.trace_column is not None:

@@ -106,7 +106,7 @@ ALGORITHMS: dict[str, Composition] = {
     "c3po": Composition("none", "mean_field", "clip", checks.budget),
     # arXiv:2505.15311: squared trajectory Bellman residual
     "tbrm": Composition("none", "elbo", "bellman", advantage="reward"),
-    # arXiv:2505.19223: DPO with ELBOs on shared draws; pairs are a group's best and worst completions
+    # arXiv:2505.19223: DPO with ELBOs on shared draws; pairs of a dataset, or a group's best and worst completions
     "vrpo": Composition("none", "elbo", "preference", advantage="best_and_worst"),
     # arXiv:2507.08838: wd1 on the predictions made along the way
     "wd1pp": Composition("predictions", "predicted", "likelihood", advantage="softmax_difference"),
@@ -142,6 +142,7 @@ def build_algorithm(
     estimator, objective = likelihoods[str(cfg.likelihood)], OBJECTIVES[str(cfg.objective)](cfg)
     checks.fit(cfg, estimator, objective, made.advantage, made.explorer)
     checks.replayed(cfg, rollout, estimator)
+    checks.fits_budget(cfg, rollout)
     return Algorithm(
         explorer=EXPLORERS[made.explorer](cfg, rollout, grade, pad_id),
         advantage=OWN_ADVANTAGES[made.advantage](cfg) if made.advantage else ADVANTAGES[cfg.scale_rewards],
@@ -172,6 +173,7 @@ def _likelihood(
         once=reweigh == "target",
         temperature=cfg.draws.likelihood_temperature,
         block_length=rollout.block_length if estimator.block_causal else None,
+        token_budget=cfg.method.token_budget if cfg.loss_type == "budget" else None,
     )
 
 

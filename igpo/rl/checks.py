@@ -124,6 +124,16 @@ def budget(cfg: AlgorithmConfig, rollout: RolloutConfig) -> None:
     )  # fmt: skip
 
 
+def fits_budget(cfg: AlgorithmConfig, rollout: RolloutConfig) -> None:
+    """A completion that exceeds the budget by itself would never be trained on."""
+    most, budget = rollout.max_completion_length, cfg.method.token_budget
+    require(
+        cfg.loss_type != "budget" or budget >= most, "token_budget",
+        f"be at least max_completion_length={most}", budget,
+        "It is the number of completion tokens an update is made of.",
+    )  # fmt: skip
+
+
 def require(condition: bool, option: str, rule: str, got: object, advice: str = "") -> None:
     if not condition:
         raise ValueError(f"algorithm: {option} must {rule}, got {got!r}. {advice}".rstrip())

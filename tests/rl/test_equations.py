@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from steps import config, gradient, moved, prepared
+from steps import SEED, config, gradient, moved, prepared
 
 ROWS, GROUPS = 12, 3
 
@@ -227,11 +227,17 @@ def test_diffpo(toy) -> None:
 
 
 def test_c3po(toy) -> None:
-    """The sum over tokens by a constant, however many tokens there are."""
-    method = replace(config("c3po").method, token_budget=100)
-    case = Case(toy, "c3po", method=method)
+    """The sum over the tokens of six rows of 16, which a budget of 100 has room for, by 100."""
+    case = Case(toy, "c3po")
+    stream = SEED.named("budget")
+    order = sorted(
+        range(ROWS), key=lambda i: stream.generator(int(case.rollouts.canvas.row_ids[i])).random()
+    )
+    taken = order[:6]
     rho = (case.x(case.new, 0) - case.x(case.old, 0).detach()).exp()
-    case.check(-clip(rho, case.A[:, None]).sum() / 100)
+    case.check(-clip(rho, case.A[:, None])[taken].sum() / 100)
+    _, _, parts = gradient(case.step)
+    assert sum(metrics["budget/used"] for _, metrics in parts) == pytest.approx(0.96)
 
 
 def test_tbrm(toy) -> None:

@@ -35,7 +35,8 @@ class Likelihood:
     there is one inner update.   once: evaluate the old policy and the reference on the draws of the first inner update
     only.   temperature: of the softmax that is scored.   block_length: of the block-causal policy that the draws need;
     None: any policy will do.   on_support: the softmax is over the tokens each token was drawn from
-    (`Rollouts.support`); over all of them for a token that was not drawn.
+    (`Rollouts.support`); over all of them for a token that was not drawn.   token_budget: rows are scored in a random
+    order until the next would exceed this many completion tokens; None: all rows.
 
     No module is switched between train and eval mode here, so the three evaluations see the same mode; with dropout
     active they still differ from one another, and the first ratio is not 1.
@@ -54,6 +55,7 @@ class Likelihood:
     temperature: float = 1.0
     block_length: int | None = None
     on_support: bool = False
+    token_budget: int | None = None
 
     def check(self, policy: Policy) -> None:
         """Raises ValueError when the draws cannot be scored under this policy."""
@@ -86,7 +88,10 @@ class Likelihood:
             )
         rollouts = graded.rollouts
         canvas, targets = rollouts.canvas, rollouts.completion
-        updates = _restrict(self.draw(rollouts, seed.named("draws")), self._within(rollouts))
+        within = self._within(rollouts)
+        if self.token_budget is not None:
+            within &= packed(within.sum(1), self.token_budget, canvas.row_ids, seed)[:, None]
+        updates = _restrict(self.draw(rollouts, seed.named("draws")), within)
         batch = PolicyBatch(
             canvas, tuple(update.draws for update in updates), targets, (), (), (),
             tuple(update.weight for update in updates), support=self._support(rollouts),
@@ -188,6 +193,20 @@ class Likelihood:
         if self.combine is not keep_apart:
             return counted
         return counted[:, None] & torch.stack([draw.score for draw in update.draws], 1)
+
+
+def packed(lengths: Tensor, budget: int, row_ids: Tensor, seed: Seed) -> Tensor:
+    """(B,) bool: the rows of a random order as long as their lengths (B,) add up to at most `budget`.
+
+    The order depends on seed and row ids alone. It ends at the first row that does not fit: to go on with shorter ones
+    would favour short completions. Source: arXiv:2506.14731 (C3PO); the order is ours.
+    """
+    stream = seed.named("budget")
+    place = torch.tensor([stream.generator(row).random() for row in row_ids.tolist()])
+    order = place.argsort().to(lengths.device)
+    return torch.zeros_like(lengths, dtype=torch.bool).index_copy(
+        0, order, lengths[order].cumsum(0) <= budget
+    )
 
 
 def evaluate(policy: Policy, batch: PolicyBatch, inner: int, temperature: float = 1.0) -> Tensor:

@@ -12,11 +12,13 @@ from igpo.types import Metrics, PolicyBatch
 
 
 class Divisor(NamedTuple):
-    """size: for the loss.   tokens: for the metrics, which are means over the loss's tokens.   draws: J."""
+    """size: for the loss.   tokens: for the metrics, which are means over the loss's tokens.   draws: J.   used: the
+    share of a token budget that the batch fills."""
 
     size: float
     tokens: float
     draws: int = 1
+    used: float = 1.0
 
 
 @dataclass(frozen=True)

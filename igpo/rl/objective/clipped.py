@@ -65,7 +65,8 @@ class Clipped:
         mask = batch.token_mask[inner]
         kind = LOSS_TYPES[self.loss_type]
         size = float(self.token_budget) if kind.budget else kind.size(mask)
-        return Divisor(max(1.0, size), max(1.0, float(mask[rows].sum())))
+        used = float(mask.sum()) / max(1.0, size)
+        return Divisor(max(1.0, size), max(1.0, float(mask[rows].sum())), used=used)
 
     def __call__(
         self, logprob: Tensor, batch: PolicyBatch, advantages: Tensor, inner: int, divisor: Divisor
@@ -99,6 +100,8 @@ class Clipped:
             "logp/ratio_mean": float(terms.ratio_mean.detach()) * of_tokens,
             "inpaint/tokens_kept_entropy": float(hints.sum()),
         }
+        if kind.budget:
+            metrics["budget/used"] = divisor.used * of_tokens
         return terms.loss * share, metrics
 
 
@@ -209,7 +212,7 @@ LOSS_TYPES = {
     "bnpo": LossType(_fused("token-mean"), lambda mask: float(mask.sum())),
     # Dr. GRPO: the sum over tokens by the constant B * L
     "dr_grpo": LossType(_constant_mean, lambda mask: float(mask.numel())),
-    # C3PO: the sum over tokens by a constant budget of them
+    # C3PO: the sum over tokens by a constant budget of them, which the likelihood does not exceed
     "budget": LossType(_fused("token-mean"), lambda mask: float(mask.sum()), budget=True),
     "released": LossType(_released, lambda mask: float(mask.sum())),
 }

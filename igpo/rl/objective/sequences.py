@@ -83,7 +83,8 @@ class Preference:
         margin = self.beta * (change[chosen] - change[rejected])
         loss = -F.logsigmoid(margin).sum() / max(1, len(chosen)) + 0.0 * change.sum()
         right = float((margin.detach() > 0).sum()) / max(1, len(chosen))
-        return loss, {"dpo/accuracy": right, "dpo/pairs": float(len(chosen))}
+        mean = float(margin.detach().sum()) / max(1, len(chosen))
+        return loss, {"dpo/accuracy": right, "dpo/margin": mean, "dpo/pairs": float(len(chosen))}
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ PRESETS: dict[str, Preset] = {
     "vrpo": {
         "rl": {
             "algorithm": "vrpo",
-            "num_iterations": 1,  # [vrpo] one epoch; its 350 k offline pairs are a group's best and worst rows here
+            "num_iterations": 1,  # [vrpo] one epoch, of 350 k pairs
             "scale_rewards": "none",  # pairs are told by the order of rewards
             "beta": 0.1,  # ours: not found in [vrpo]; DPO's usual value
             "draws": {

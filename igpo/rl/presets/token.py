@@ -209,7 +209,7 @@ PRESETS: dict[str, Preset] = {
     "c3po": {
         "rl": {
             "algorithm": "c3po",
-            "loss_type": "budget",  # [c3po] divided by a fixed number of tokens
+            "loss_type": "budget",  # [c3po] samples up to a fixed number of tokens, and divided by it
             "importance_sampling_level": "token",  # [c3po] aggregated at token level
             "mask_after_eos": True,  # [c3po] lengths differ; that is what the budget is for
             "method": {"token_budget": 65536},  # ours: half of 64 x 8 completions of 256
