@@ -37,7 +37,7 @@ FREE = {
     "train.eval_steps", "train.resume_from_checkpoint", "train.report_to", "train.log_completions",
     "train.num_threads", "train.per_device_train_batch_size", "rollout.rollout_batch_size",
     "data.train_file", "data.eval_file", "data.streaming", "model.device", "model.attn_implementation",
-    "train.gradient_checkpointing", "reward.verify_workers",
+    "train.gradient_checkpointing", "train.packing", "sft.max_packed_length", "reward.verify_workers",
 }  # fmt: skip
 FREE_SECTIONS = ("evaluation.",)
 

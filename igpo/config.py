@@ -208,6 +208,7 @@ class TrainConfig:
     adam_epsilon: float = 1e-8
     weight_decay: float = 0.1
     max_grad_norm: float = 0.2
+    packing: bool = False  # the sequences of a forward in one row without padding: same gradient
     gradient_checkpointing: bool = False  # keep the input of each layer alone, compute it again
     logging_steps: int = 1
     save_steps: int = 100
@@ -229,6 +230,12 @@ class SFTConfig:
     train_on_eos_padding: bool = (
         True  # the answer is EOS-padded to the canvas; that is how LLaDA learns to stop
     )
+    # the canvas ends with the answer (block-causal models: with its block): shorter than that of a rollout
+    drop_eos_padding: bool = False
+    # block-causal models learn each block behind the finished ones before it (BD3-LM), at twice the tokens
+    beside_clean: bool = True
+    # packing: tokens of a row, one row a forward; None: what per_device_train_batch_size canvases hold at most
+    max_packed_length: int | None = None
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,8 @@ def work(cfg: Config, shape: MaskedDecoderConfig, *, is_sft: bool) -> dict[str, 
     everything, _ = parameters(shape, cfg)
     length = cfg.data.max_prompt_length + cfg.rollout.max_completion_length
     if is_sft:
+        if shape.block_length and cfg.sft.beside_clean:
+            length *= 2  # a noisy and a clean copy
         counts = {
             "sequences": cfg.sft.sft_batch_size,
             "forwards of the update": 3 * cfg.sft.sft_batch_size,

@@ -16,6 +16,7 @@ from . import models
 from .config import Config, ConfigError, ModelConfig
 from .models import MaskedDecoder, MaskedDecoderConfig, load_model
 from .models.adapters import add_adapters, merged
+from .models.packing import WithoutPadding
 from .types import Policy, Seed
 
 Reference = Callable[[], AbstractContextManager[Policy]]
@@ -93,21 +94,26 @@ def build_policy(cfg: Config, tokenizer: Any) -> Any:
     ).eval()
 
 
+def as_scored(policy: Any, cfg: Config) -> Any:
+    """The policy as likelihoods and losses see it: with packing, without padding."""
+    return WithoutPadding(policy) if cfg.train.packing else policy
+
+
 def reference_of(policy: Any, cfg: Config) -> Reference:
-    """The policy before training, as a context: LoRA switched off, or a frozen copy."""
+    """The policy before training, as scored, as a context: LoRA switched off, or a frozen copy."""
     if cfg.lora.use_lora:
 
         @contextmanager
         def without_adapter() -> Iterator[Policy]:
             with policy.disable_adapter():
-                yield policy
+                yield as_scored(policy, cfg)
 
         return without_adapter
     frozen = copy.deepcopy(policy).requires_grad_(False)
 
     @contextmanager
     def frozen_copy() -> Iterator[Policy]:
-        yield frozen
+        yield as_scored(frozen, cfg)
 
     return frozen_copy
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,11 +17,13 @@ from .config import Config, ConfigError
 from .config_io import validate
 from .data import Batches, DataError, batches, load_prompts
 from .logging import RunLog, progress, run_log, say_start
-from .ops import forward_mask, linear_masked_cross_entropy
+from .models import Absorbing
+from .models.packing import first_fit_decreasing
+from .ops import linear_masked_cross_entropy
 from .optim import Updater
-from .policy import build_policy, load_tokenizer
+from .policy import as_scored, build_policy, load_tokenizer
 from .ranks import process_group, ranks
-from .types import Canvas, Metrics, Policy, Prompt, Seed, take
+from .types import BlockPolicy, Canvas, Metrics, Policy, Prompt, Seed, take
 
 WEIGHTINGS = ("1/t", "L/l", "none")
 
@@ -47,13 +49,15 @@ def noisy_examples(
     tokenizer: Any,
     seed: Seed,
     device: torch.device | str = "cpu",
+    block_length: int | None = None,
 ) -> Examples:
     """Puts each trace on a canvas of max_completion_length tokens, EOS to its end, and masks a fraction t of it.
 
     Everything may be masked, as in a rollout; without train_on_eos_padding only the tokens up to the first EOS are
-    learned (LLaDA learns all of them: that is how it learns to stop). t = sft_epsilon + (1 - sft_epsilon) u, where the
-    u of a batch are one uniform shift of B evenly spaced points in random order: each is uniform, together they cover
-    [0, 1]. Weights, for B rows of n learned tokens on a canvas of L:
+    learned (LLaDA learns all of them: that is how it learns to stop). With drop_eos_padding what follows that EOS (its
+    block, of a policy with blocks of block_length) is not on the canvas: it becomes padding, and L what is left.
+    t = sft_epsilon + (1 - sft_epsilon) u, where the u of a batch are one uniform shift of B evenly spaced points in
+    random order: each is uniform, together they cover [0, 1]. Weights, for B rows of n learned tokens on a canvas of L:
 
         1/t: each token with probability t, weight 1 / (t n B)         (arXiv:2502.09992, equation 5)
         L/l: exactly l = max(1, round(t L)) tokens, weight L / (l n B) (its equation 6, of lower variance)
@@ -62,28 +66,43 @@ def noisy_examples(
     Raises:
         DataError: a prompt has no trace, or one longer than the canvas.
     """
-    length, eos = cfg.rollout.max_completion_length, tokenizer.eos_token_id
+    check_traces(prompts, cfg.rollout.max_completion_length)
+    lengths = torch.tensor([completion_length(p, cfg, block_length) for p in prompts])
+    width, eos = int(lengths.max()), tokenizer.eos_token_id
     canvas = masked_canvases(
-        prompts, num_generations=1, completion_length=length, mask_id=tokenizer.mask_token_id,
+        prompts, num_generations=1, completion_length=width, mask_id=tokenizer.mask_token_id,
         pad_id=tokenizer.pad_token_id, eos_id=eos,
     )  # fmt: skip
-    check_traces(prompts, length)
-    rows = [[*p.trace_ids, *[eos] * (length - len(p.trace_ids))] for p in prompts]
-    targets, learned = torch.tensor(rows), torch.ones(len(prompts), length, dtype=torch.bool)
+    targets = torch.tensor([[*p.trace_ids, *[eos] * (width - len(p.trace_ids))] for p in prompts])
+    present = torch.arange(width) < lengths[:, None]
+    learned = present
     if not cfg.sft.train_on_eos_padding:
-        learned = torch.arange(length) < torch.tensor([[len(p.trace_ids)] for p in prompts])
+        learned = torch.arange(width) < torch.tensor([[len(p.trace_ids)] for p in prompts])
     t, noise = _mask_ratios(len(prompts), cfg.sft.sft_epsilon, seed), seed.named("mask")
     exact = cfg.sft.sft_weighting == "L/l"
     if exact:
-        t = (length * t).round().clamp(min=1) / length
-    noisy, masked = forward_mask(
-        targets, torch.ones_like(learned), t, mask_id=canvas.mask_id, seed=noise.value, step=noise.step,
-        row_ids=canvas.row_ids, exact=exact,
-    )  # fmt: skip
-    tokens = torch.cat((canvas.tokens[:, : canvas.prompt_length], noisy), 1)
+        t = (lengths * t).round().clamp(min=1) / lengths
+    noisy, masked = Absorbing(canvas.mask_id).corrupt(
+        targets, present, t, seed=noise.value, step=noise.step, row_ids=canvas.row_ids, exact=exact
+    )
+    prompt = canvas.prompt_length
+    canvas = replace(
+        canvas,
+        tokens=torch.cat((canvas.tokens[:, :prompt], noisy), 1),
+        attention_mask=torch.cat((canvas.attention_mask[:, :prompt], present), 1),
+    )
     scored = masked & learned
     weight = _weights(cfg.sft.sft_weighting, t, learned.sum(1), scored)
-    return _moved(Examples(replace(canvas, tokens=tokens), targets, scored, weight), device)
+    return _moved(Examples(canvas, targets, scored, weight), device)
+
+
+def completion_length(prompt: Prompt, cfg: Config, block_length: int | None) -> int:
+    """Tokens of its completion that are on the canvas."""
+    longest = cfg.rollout.max_completion_length
+    if not cfg.sft.drop_eos_padding:
+        return longest
+    before, own, block = len(prompt.ids), len(prompt.trace_ids), block_length or 1
+    return min(longest, -(-(before + own) // block) * block - before)
 
 
 def check_traces(prompts: Sequence[Prompt], length: int) -> None:
@@ -121,11 +140,20 @@ def _moved(examples: Examples, device: torch.device | str) -> Examples:
     )
 
 
-def sft_loss(policy: Policy, examples: Examples) -> Tensor:
+def sft_loss(policy: Policy, examples: Examples, *, beside_clean: bool = False) -> Tensor:
     """() float32: the weighted cross-entropy of the masked tokens; a sum over rows, so that the losses of parts of a
-    batch add up to the loss of the batch."""
+    batch add up to the loss of the batch.
+
+    beside_clean: of a block-causal policy, every block is read behind the clean blocks before it (arXiv:2503.09573).
+    All weightings keep their expectation: t and l cover each block as they cover the whole.
+    """
     canvas, masked = examples.canvas, examples.masked
-    hidden = policy.hidden(canvas.tokens, canvas.attention_mask, canvas.position_ids)
+    place = canvas.attention_mask, canvas.position_ids
+    if beside_clean:
+        clean = torch.cat((canvas.tokens[:, : canvas.prompt_length], examples.targets), 1)
+        hidden = cast(BlockPolicy, policy).hidden_of_blocks(canvas.tokens, clean, *place)
+    else:
+        hidden = policy.hidden(canvas.tokens, *place)
     return linear_masked_cross_entropy(
         hidden[:, canvas.prompt_length :][masked],
         policy.head_weight,
@@ -156,32 +184,59 @@ class Run:
     held_out: Sequence[Prompt]
     state: State
 
+    def noisy(self, prompts: Sequence[Prompt], seed: Seed) -> Examples:
+        policy = self.policy
+        return noisy_examples(
+            prompts, self.cfg, self.tokenizer, seed, policy.device, policy.block_length
+        )
+
 
 def set_up(cfg: Config) -> Run:
     """Raises ConfigError or ValueError before anything runs."""
     validate(cfg, need=("train_file",))
+    _check(cfg)
+    if cfg.train.num_threads:
+        torch.set_num_threads(cfg.train.num_threads)
+    folder = checkpoint.find(cfg)
+    tokenizer = load_tokenizer(cfg.model)
+    prompts = load_prompts(cfg.data.train_file, cfg.data, tokenizer)
+    held_out: list[Prompt] = []
+    if cfg.train.eval_steps:
+        limit = cfg.evaluation.eval_limit
+        held_out = load_prompts(cfg.data.eval_file, cfg.data, tokenizer, limit=limit)
+    for some in (prompts, held_out):
+        check_traces(some, cfg.rollout.max_completion_length)
+    policy = build_policy(cfg, tokenizer)
+    _check_packing([*prompts, *held_out], cfg, policy.block_length)
+    updater = Updater(policy, cfg.train, cfg.train.max_steps)
+    state = checkpoint.restore(folder, policy, updater, cfg) if folder else State()
+    order = batches(prompts, cfg.sft.sft_batch_size, Seed(cfg.train.seed))
+    return Run(cfg, policy, tokenizer, order, updater, held_out, state)
+
+
+def _check(cfg: Config) -> None:
     if cfg.sft.sft_weighting not in WEIGHTINGS:
         raise ConfigError(
             f"sft_weighting must be one of {', '.join(WEIGHTINGS)}, got {cfg.sft.sft_weighting!r}."
         )
     if not 0 < cfg.sft.sft_epsilon < 1:
         raise ConfigError(f"sft_epsilon must lie in (0, 1), got {cfg.sft.sft_epsilon}.")
-    if cfg.train.num_threads:
-        torch.set_num_threads(cfg.train.num_threads)
-    folder = checkpoint.find(cfg)
-    tokenizer = load_tokenizer(cfg.model)
-    prompts = load_prompts(cfg.data.train_file, cfg.data, tokenizer)
-    check_traces(prompts, cfg.rollout.max_completion_length)
-    held_out: list[Prompt] = []
-    if cfg.train.eval_steps:
-        limit = cfg.evaluation.eval_limit
-        held_out = load_prompts(cfg.data.eval_file, cfg.data, tokenizer, limit=limit)
-        check_traces(held_out, cfg.rollout.max_completion_length)
-    policy = build_policy(cfg, tokenizer)
-    updater = Updater(policy, cfg.train, cfg.train.max_steps)
-    state = checkpoint.restore(folder, policy, updater, cfg) if folder else State()
-    order = batches(prompts, cfg.sft.sft_batch_size, Seed(cfg.train.seed))
-    return Run(cfg, policy, tokenizer, order, updater, held_out, state)
+    if cfg.sft.drop_eos_padding and cfg.sft.train_on_eos_padding:
+        raise ConfigError(
+            "train_on_eos_padding must be false when drop_eos_padding is true, got True: there is none left to learn."
+        )
+
+
+def _check_packing(prompts: Sequence[Prompt], cfg: Config, block_length: int | None) -> None:
+    if not cfg.train.packing:
+        return
+    lengths = [len(p.ids) + completion_length(p, cfg, block_length) for p in prompts]
+    capacity = max_packed_length(cfg)
+    if max(lengths) > capacity:
+        raise ConfigError(
+            f"max_packed_length must hold the longest sequence, {max(lengths)} tokens, got {capacity}. "
+            "Sequences are never cut."
+        )
 
 
 def fit(run: Run, log: RunLog) -> Metrics:
@@ -192,18 +247,19 @@ def fit(run: Run, log: RunLog) -> Metrics:
         for step in range(run.state.step, cfg.train.max_steps):
             began, done = time.monotonic(), step + 1
             seed = Seed(cfg.train.seed).named("sft").at(step)
-            examples = noisy_examples(
-                run.batches.at(step), cfg, run.tokenizer, seed, run.policy.device
-            )
+            examples = run.noisy(run.batches.at(step), seed)
             metrics = update(run, examples, f"step {step}")
-            num_tokens += float(examples.canvas.attention_mask.sum())
+            real = examples.canvas.attention_mask
+            metrics["frac_padding"] = 1 - float(real.float().mean())
+            num_tokens += float(real.sum())
             final = done == cfg.train.max_steps
             held_out = {}
             if run.held_out and done % cfg.train.eval_steps == 0:
                 held_out = {"eval_loss": held_out_loss(run)}
             if done % cfg.train.logging_steps == 0 or held_out or final:
                 took = time.monotonic() - began
-                last = {**metrics, "num_tokens": num_tokens, "step_time": took, **held_out}
+                counts = {"num_tokens": num_tokens, "epoch": done / run.batches.steps_per_epoch}
+                last = {**metrics, **counts, "step_time": took, **held_out}
                 log.log(step, last)
             if final or (cfg.train.save_steps and done % cfg.train.save_steps == 0):
                 state = State(done, {"num_tokens": num_tokens})
@@ -220,10 +276,31 @@ def update(run: Run, examples: Examples, where: str) -> dict[str, float]:
     return {"loss": loss, **done}
 
 
+def losses(run: Run, examples: Examples, rows: Tensor) -> Iterator[Tensor]:
+    """The loss of one forward after the other; those of all processes add up to that of `rows`."""
+    policy = as_scored(run.policy, run.cfg)
+    parts = ranks().parts(rows, run.cfg.train.per_device_train_batch_size)
+    if run.cfg.train.packing:
+        own = ranks().own(rows)
+        lengths = examples.canvas.attention_mask.sum(1)[own.to(run.policy.device)].tolist()
+        capacity = max_packed_length(run.cfg)
+        parts = [own[packed] for packed in first_fit_decreasing(lengths, capacity)]
+    beside_clean = run.cfg.sft.beside_clean and run.policy.block_length is not None
+    for part in parts:
+        some = take(examples, part.to(examples.targets.device))
+        yield sft_loss(policy, some, beside_clean=beside_clean)
+
+
+def max_packed_length(cfg: Config) -> int:
+    """The longest row of packed sequences, in tokens."""
+    canvas = cfg.data.max_prompt_length + cfg.rollout.max_completion_length
+    longest = cfg.train.per_device_train_batch_size * canvas
+    return longest if cfg.sft.max_packed_length is None else cfg.sft.max_packed_length
+
+
 def _backward(run: Run, examples: Examples, rows: Tensor) -> float:
     total = 0.0
-    for part in ranks().parts(rows, run.cfg.train.per_device_train_batch_size):
-        loss = sft_loss(run.policy, take(examples, part.to(examples.targets.device)))
+    for loss in losses(run, examples, rows):
         loss.backward()
         total += float(loss.detach())
     return ranks().added({"loss": total})["loss"]
@@ -249,6 +326,7 @@ def held_out_loss(run: Run) -> float:
     seed = Seed(run.cfg.train.seed).named("held out")
     for number, start in enumerate(range(0, len(run.held_out), size)):
         some = run.held_out[start : start + size]
-        examples = noisy_examples(some, run.cfg, run.tokenizer, seed.at(number), run.policy.device)
-        total += float(sft_loss(run.policy, examples)) * len(some)
-    return total / len(run.held_out)
+        examples = run.noisy(some, seed.at(number))
+        parts = losses(run, examples, torch.arange(len(some)))
+        total += sum(float(loss) for loss in parts) * len(some)
+    return ranks().added({"loss": total})["loss"] / len(run.held_out)

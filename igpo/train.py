@@ -24,7 +24,7 @@ from .data import batches, load_prompts
 from .evaluate import check, evaluate
 from .logging import RunLog, completions_table, console, progress, run_log, say_start
 from .optim import TrainingError, Updater
-from .policy import Reference, build_policy, load_tokenizer, reference_of
+from .policy import Reference, as_scored, build_policy, load_tokenizer, reference_of
 from .ranks import process_group, ranks
 from .rewards import make_grader
 from .rewards.shared import over_processes
@@ -83,7 +83,8 @@ def train(run: Run, log: RunLog) -> Metrics:
             advantages = algorithm.advantage(rescued)
 
             # score the completions under the old policy and the reference, then update the policy mu times
-            batch = algorithm.likelihood.prepare(policy, rescued, seed, run.reference)
+            scored = as_scored(policy, cfg)
+            batch = algorithm.likelihood.prepare(scored, rescued, seed, run.reference)
             updates = []
             for inner in range(cfg.rl.num_iterations):
                 weights = algorithm.reweigh(rescued, batch, advantages, inner)
@@ -121,8 +122,8 @@ def backward(
     needed.
     """
     total = {"loss": 0.0}
-    size = run.cfg.train.per_device_train_batch_size
-    for loss, found in accumulate(run.algorithm, run.policy, batch, advantages, inner, rows, size):
+    size, policy = run.cfg.train.per_device_train_batch_size, as_scored(run.policy, run.cfg)
+    for loss, found in accumulate(run.algorithm, policy, batch, advantages, inner, rows, size):
         metrics.add(total, {"loss": loss, **found})
     total = ranks().added(total)
     return total.pop("loss"), total

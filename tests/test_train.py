@@ -14,6 +14,7 @@ from igpo.cli import main
 from igpo.config import Config, ConfigError
 from igpo.config_io import dump
 from igpo.logging import RunLog
+from igpo.models import MaskedDecoder
 from igpo.optim import TrainingError
 from igpo.rl.algorithms import build_algorithm
 from igpo.train import Run, set_up, train
@@ -307,3 +308,41 @@ def test_take_keeps_the_rows_apart(tiny: Callable[..., Config]) -> None:
 def test_no_reference_without_a_kl_term(tiny: Callable[..., Config]) -> None:
     assert set_up(tiny("beta=0")).reference is None
     assert set_up(tiny("beta=0.1")).reference is not None
+
+
+@pytest.mark.parametrize("likelihood", ["mean_field", "elbo"])
+def test_packing_changes_rounding_alone(
+    tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, likelihood: str
+) -> None:
+    """Prompts of 1 to 7 tokens; the policy and the reference are scored in rows of documents, rollouts are not."""
+    rows = tmp_path / "rows.jsonl"
+    questions = [" ".join("123456789"[: 1 + i % 7]) for i in range(10)]
+    rows.write_text("".join(f'{{"question": "{q}", "answer": "#### 1"}}\n' for q in questions))
+    cfg = tiny(
+        f"train_file={rows}",
+        "algorithm=grpo",
+        f"likelihood={likelihood}",
+        "max_steps=1",
+        "beta=0.1",
+        "adam_epsilon=1e-3",  # a gradient of rounding size makes no step
+    )
+    packed, calls = [], MaskedDecoder.hidden
+
+    def watched(self: Any, *args: Any, **options: Any) -> Any:
+        packed.append("document_ids" in options)
+        return calls(self, *args, **options)
+
+    monkeypatch.setattr(MaskedDecoder, "hidden", watched)
+    plain, _ = finished(cfg)
+    assert not any(packed)
+    packed.clear()
+    other, _ = finished(
+        replace(cfg, train=replace(cfg.train, packing=True, output_dir=str(tmp_path / "packed")))
+    )
+    assert 0 < sum(packed) < len(packed)
+    pairs = zip(plain.policy.parameters(), other.policy.parameters(), strict=True)
+    assert not same_weights(
+        plain, set_up(replace(cfg, train=replace(cfg.train, output_dir="none")))
+    )
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)

@@ -193,6 +193,7 @@ class MaskedDecoder(PreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         *,
+        document_ids: Tensor | None = None,
         cache: KVCache | CanvasView | None = None,
         store: bool = False,
     ) -> Tensor:
@@ -202,7 +203,10 @@ class MaskedDecoder(PreTrainedModel):
             tokens: (B, T) int64.
             attention_mask: (B, T), True or 1 on real tokens; padding is never attended to. None: all real.
                 Or (B | 1, 1, T, T) bool, True where a query may see a key; it replaces the model's own block mask.
-            position_ids: (B, T) int64; blocks of a block-causal model are position_ids // block_length. None: 0..T-1.
+            position_ids: (B, T) int64; blocks of a block-causal model are position_ids // block_length. None: 0, 1, …
+                from the first column of each document.
+            document_ids: (B, T) integers; a run of equal ids is a document, and tokens see their own alone (packing).
+                None: a row is one document.
             cache: keys and values of tokens before these, which see them too; or a CanvasView, of which these are
                 columns, and which always stores them. Only without gradients.
             store: put these tokens into the KVCache as well; otherwise they leave it as it was.
@@ -211,7 +215,7 @@ class MaskedDecoder(PreTrainedModel):
         Raises:
             ValueError: shapes disagree, or the attention backend cannot do it.
         """
-        inputs = self._inputs(tokens, attention_mask, position_ids, cache)
+        inputs = self._inputs(tokens, attention_mask, position_ids, document_ids, cache)
         states = self._states(inputs)
         before = cache.last if isinstance(cache, KVCache) else None
         if isinstance(cache, KVCache) and store:
@@ -219,7 +223,9 @@ class MaskedDecoder(PreTrainedModel):
             cache.advance(inputs.real, blocks)
             last = last_real(inputs.real)[:, -1:, None].expand(-1, -1, states.shape[-1])
             cache.last = states.gather(1, last)[:, 0]
-        return aligned(states, inputs.real, before) if self.config.shifted else states
+        if not self.config.shifted:
+            return states
+        return aligned(states, inputs.real, before, inputs.documents)
 
     def hidden_of_blocks(
         self,
@@ -227,6 +233,8 @@ class MaskedDecoder(PreTrainedModel):
         clean: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        *,
+        document_ids: Tensor | None = None,
     ) -> Tensor:
         """As `hidden` of every block at a canvas of its own, behind the finished blocks before it, in one pass.
 
@@ -235,7 +243,7 @@ class MaskedDecoder(PreTrainedModel):
 
         Args:
             noisy, clean: (B, T) int64, the same sequences with and without masks.
-            attention_mask, position_ids: (B, T), as `hidden`; of both copies.
+            attention_mask, position_ids, document_ids: (B, T), as `hidden`; of both copies.
         Returns:
             (B, T, D) in the model's dtype.
         Raises:
@@ -244,7 +252,7 @@ class MaskedDecoder(PreTrainedModel):
         """
         inputs = read_streams(
             noisy, clean, attention_mask, position_ids,
-            backend=self.attention, block_length=self.config.block_length,
+            backend=self.attention, block_length=self.config.block_length, document_ids=document_ids,
         )  # fmt: skip
         states = self._states(inputs)
         return (
@@ -256,11 +264,12 @@ class MaskedDecoder(PreTrainedModel):
         tokens: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
+        document_ids: Tensor | None,
         cache: KVCache | CanvasView | None = None,
     ) -> Inputs:
         return read_inputs(
             tokens, attention_mask, position_ids,
-            backend=self.attention, block_length=self.config.block_length, cache=cache,
+            backend=self.attention, block_length=self.config.block_length, cache=cache, document_ids=document_ids,
         )  # fmt: skip
 
     def _states(self, inputs: Inputs) -> Tensor:
@@ -284,11 +293,12 @@ class MaskedDecoder(PreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         logits_to_keep: Tensor | bool = True,
+        document_ids: Tensor | None = None,
     ) -> DecoderOutput:
         """Hidden states, and logits of the positions asked for, in the rows of the released code.
 
         Args:
-            input_ids, attention_mask, position_ids: as `hidden`.
+            input_ids, attention_mask, position_ids, document_ids: as `hidden`.
             logits_to_keep: True, every position; False, none; or a (B, T) bool mask of N positions, read row by row.
         Returns:
             logits (B, T, V), None or (N, V), float32 (float64 of a float64 model); last_hidden_state (B, T, D).
@@ -296,7 +306,8 @@ class MaskedDecoder(PreTrainedModel):
         Raises:
             ValueError: shapes disagree.
         """
-        states = self._states(self._inputs(input_ids, attention_mask, position_ids))
+        inputs = self._inputs(input_ids, attention_mask, position_ids, document_ids)
+        states = self._states(inputs)
         if logits_to_keep is False:
             return DecoderOutput(last_hidden_state=states)
         rows = states

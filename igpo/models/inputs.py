@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import CanvasView, KVCache
@@ -13,13 +14,17 @@ from .layout import MIN_ROWS, Cached, Dense, FlashVarlen, Flex, Packed, Plan
 
 
 class Inputs(NamedTuple):
-    """tokens, positions: (B, T) int64.   real: (B, T) bool.   blocks: (B, T) int64, None with full attention."""
+    """tokens, positions: (B, T) int64.   real: (B, T) bool.   blocks: (B, T) int64, None with full attention.
+
+    documents: (B, T) int64, 0, 1, … along a row; None: a row is one.
+    """
 
     tokens: Tensor
     real: Tensor
     positions: Tensor
     blocks: Tensor | None
     plan: Plan
+    documents: Tensor | None = None
 
 
 def read_inputs(
@@ -30,11 +35,13 @@ def read_inputs(
     backend: str,
     block_length: int | None,
     cache: KVCache | CanvasView | None,
+    document_ids: Tensor | None = None,
 ) -> Inputs:
     """See MaskedDecoder.hidden. Raises ValueError."""
     _check(tokens, attention_mask, position_ids)
+    documents = _documents(document_ids, tokens, attention_mask, cache)
     if position_ids is None:
-        position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        position_ids = _columns(tokens, documents)
     blocks = None
     if block_length is not None:
         blocks = position_ids.div(block_length, rounding_mode="floor")
@@ -48,9 +55,9 @@ def read_inputs(
         plan: Plan = Dense(attention_mask | ~attention_mask.any(-1, keepdim=True))
         return Inputs(tokens, torch.ones_like(tokens, dtype=torch.bool), position_ids, blocks, plan)
     mask = None if attention_mask is None else attention_mask.bool()
-    plan = _plan(tokens, mask, blocks, backend, cache)
+    plan = _plan(tokens, mask, blocks, backend, cache, documents)
     real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-    return Inputs(tokens, real, position_ids, blocks, plan)
+    return Inputs(tokens, real, position_ids, blocks, plan, documents)
 
 
 def read_streams(
@@ -61,6 +68,7 @@ def read_streams(
     *,
     backend: str,
     block_length: int | None,
+    document_ids: Tensor | None = None,
 ) -> Inputs:
     """The columns of noisy, then those of clean. See MaskedDecoder.hidden_of_blocks. Raises ValueError."""
     if block_length is None:
@@ -78,36 +86,76 @@ def read_streams(
             f"MaskedDecoder: attention_mask must be of tokens, shape {tuple(noisy.shape)}, beside a clean copy, got "
             f"shape {tuple(attention_mask.shape)}."
         )
+    documents = _documents(document_ids, noisy, attention_mask, None)
     if position_ids is None:
-        position_ids = torch.arange(noisy.shape[1], device=noisy.device).expand_as(noisy)
+        position_ids = _columns(noisy, documents)
     tokens, positions = torch.cat((noisy, clean), 1), position_ids.repeat(1, 2)
     mask = None if attention_mask is None else attention_mask.bool().repeat(1, 2)
     blocks = positions.div(block_length, rounding_mode="floor")
+    if documents is not None:
+        documents = documents.repeat(1, 2)
     is_noisy = torch.arange(tokens.shape[1], device=tokens.device) < noisy.shape[1]
+    real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     if backend == "flex_attention":
-        plan: Plan = Flex(mask, blocks, tokens.shape, is_noisy)
+        plan: Plan = Flex(mask, blocks, tokens.shape, is_noisy, documents)
+    elif documents is not None or _padded(tokens, mask):
+        plan = Packed(real, blocks, MIN_ROWS, documents, is_noisy)
     else:
         plan = Dense.of(mask, blocks, is_noisy)
-    real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-    return Inputs(tokens, real, positions, blocks, plan)
+    return Inputs(tokens, real, positions, blocks, plan, documents)
+
+
+def _documents(
+    ids: Tensor | None, tokens: Tensor, attention_mask: Tensor | None, cache: KVCache | CanvasView | None
+) -> Tensor | None:  # fmt: skip
+    """(B, T) int64: 0, 1, … along each row, one more wherever the id changes."""
+    if ids is None:
+        return None
+    square = attention_mask is not None and attention_mask.dim() == 4
+    if square or cache is not None:
+        raise ValueError(
+            "MaskedDecoder: document_ids must come without a mask of queries and keys and without a cache, got "
+            f"{'such a mask' if square else 'a cache'}."
+        )
+    if ids.shape != tokens.shape or ids.is_floating_point() or not ids.numel():
+        raise ValueError(
+            f"MaskedDecoder: document_ids must be integers of the shape of tokens, {tuple(tokens.shape)}, at least "
+            f"one, got {ids.dtype}, shape {tuple(ids.shape)}."
+        )
+    return F.pad(ids[:, 1:] != ids[:, :-1], (1, 0)).cumsum(1)
+
+
+def _columns(tokens: Tensor, documents: Tensor | None) -> Tensor:
+    """(B, T) int64: 0, 1, … from the first column of each document."""
+    columns = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    if documents is None:
+        return columns
+    opens = F.pad(documents.diff(dim=1), (1, 0)) > 0
+    return columns - torch.where(opens, columns, 0).cummax(1).values
+
+
+def _padded(tokens: Tensor, mask: Tensor | None) -> bool:
+    """Whether there is padding; not asked of a device that would have to be waited for."""
+    return mask is not None and tokens.device.type == "cpu" and not bool(mask.all())
 
 
 def _plan(
-    tokens: Tensor, mask: Tensor | None, blocks: Tensor | None, backend: str, cache: KVCache | CanvasView | None
+    tokens: Tensor, mask: Tensor | None, blocks: Tensor | None, backend: str, cache: KVCache | CanvasView | None,
+    documents: Tensor | None,
 ) -> Plan:  # fmt: skip
     if isinstance(cache, CanvasView):
-        own = _plan(tokens, mask, blocks, backend, None)
+        own = _plan(tokens, mask, blocks, backend, None, None)
         return canvas_plan(cache, tokens, blocks, own)
     real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     if cache is not None:
         return Cached(cache, real, blocks)
     if backend == "flash_attention_2":
-        return FlashVarlen(real)
+        return FlashVarlen(real, documents)
     if backend == "flex_attention":
-        return Flex(mask, blocks, tokens.shape)
-    padded = mask is not None and tokens.device.type == "cpu" and not bool(mask.all())
-    if padded or (tokens.device.type == "cpu" and tokens.numel() < MIN_ROWS):
-        return Packed(real, blocks, MIN_ROWS)
+        return Flex(mask, blocks, tokens.shape, documents=documents)
+    few = tokens.device.type == "cpu" and tokens.numel() < MIN_ROWS
+    if documents is not None or few or _padded(tokens, mask):
+        return Packed(real, blocks, MIN_ROWS, documents)
     return Dense.of(mask, blocks)
 
 
@@ -117,14 +165,19 @@ def last_real(real: Tensor) -> Tensor:
     return torch.where(real, columns, 0).cummax(1).values
 
 
-def aligned(states: Tensor, real: Tensor, before: Tensor | None) -> Tensor:
+def aligned(
+    states: Tensor, real: Tensor, before: Tensor | None, documents: Tensor | None = None
+) -> Tensor:
     """Shifted rows moved so that row i predicts token i: the state of the real token before it.
 
-    The first real token gets `before`, the state of the last cached token (B, D), else its own (as Dream's code does).
+    The first real token of a document gets `before`, the state of the last cached token (B, D), else its own (as
+    Dream's code does).
     """
     columns = torch.arange(real.shape[1], device=real.device).expand_as(real)
     previous = torch.cat((columns[:, :1], last_real(real)[:, :-1]), 1)
     first = real.cumsum(1) <= real.long()  # no real token stands before
+    if documents is not None:
+        first = first | (documents.gather(1, previous) != documents)
     source = torch.where(first, columns, previous)
     moved = states.gather(1, source[..., None].expand_as(states))
     return moved if before is None else torch.where(first[..., None], before[:, None], moved)
@@ -135,9 +188,10 @@ def aligned_streams(states: Tensor, inputs: Inputs) -> Tensor:
     assert inputs.blocks is not None, "read_streams gives them"
     length = states.shape[1] // 2
     real, blocks = inputs.real[:, :length], inputs.blocks[:, :length]
-    own, clean = (aligned(part, real, None) for part in states.split(length, 1))
+    documents = None if inputs.documents is None else inputs.documents[:, :length]
+    own, clean = (aligned(part, real, None, documents) for part in states.split(length, 1))
     block = blocks[..., None]
-    opens = aligned(block, real, None) != block
+    opens = aligned(block, real, None, documents) != block
     return torch.where(opens, clean, own)
 
 

@@ -22,6 +22,9 @@ from .cache import KVCache
 MIN_ROWS = 16
 
 
+Run = tuple[int, int, int]  # sequences of equal length side by side: start, count, length
+
+
 class Plan(Protocol):
     def pack(self, x: Tensor) -> Tensor: ...
     def unpack(self, x: Tensor) -> Tensor: ...
@@ -48,6 +51,12 @@ def stream_sees(
     return of_clean | (query_noisy & key_noisy & (key_block == query_block))
 
 
+def streams_visible(blocks: Tensor, noisy: Tensor) -> Tensor:
+    """(B, T) block of each token of [noisy || clean], (B, T) whether it is noisy -> (B, 1, T, T) bool: stream_sees."""
+    queries, keys = blocks[:, None, :, None], blocks[:, None, None, :]
+    return stream_sees(queries, keys, noisy[:, None, :, None], noisy[:, None, None, :])
+
+
 class Dense:
     """Padding is computed with and hidden by the mask."""
 
@@ -64,8 +73,7 @@ class Dense:
             return cls((real | ~real.any(-1, keepdim=True))[:, None, None, :])
         visible = block_visible(blocks)
         if noisy is not None:
-            queries, keys = blocks[:, None, :, None], blocks[:, None, None, :]
-            visible = stream_sees(queries, keys, noisy[:, None], noisy)
+            visible = streams_visible(blocks, noisy.expand_as(blocks))
         if real is not None:
             itself = torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
             visible = visible & real[:, None, None, :] | itself
@@ -85,14 +93,29 @@ class Packed:
 
     What comes out for a sequence does not depend on its padding or its company, to the last bit where a product of
     MIN_ROWS rows does not; `filler` rows of zeros see to that in small batches.
+
+    documents: (B, T) int64, not decreasing along a row: sequences are the documents of a row, not the row. noisy: (T,)
+    bool, the columns of the noisy copy of two; a document's clean copy then stands behind its noisy one.
     """
 
-    def __init__(self, real: Tensor, blocks: Tensor | None, min_rows: int = 0) -> None:
+    def __init__(
+        self, real: Tensor, blocks: Tensor | None, min_rows: int = 0, documents: Tensor | None = None,
+        noisy: Tensor | None = None,
+    ) -> None:  # fmt: skip
         self.shape = real.shape
         self.index = real.flatten().nonzero().squeeze(1)
-        self.lengths: list[int] = real.sum(1).tolist()
+        sequences = torch.arange(real.shape[0], device=real.device)[:, None].expand_as(real)
+        if documents is not None:
+            sequences = sequences * real.shape[1] + documents
+        sequences = sequences.flatten()[self.index]
+        if noisy is not None:
+            sequences, order = sequences.sort(stable=True)
+            self.index = self.index[order]
+        self.lengths: list[int] = sequences.unique_consecutive(return_counts=True)[1].tolist()
         self.filler = max(0, min_rows - len(self.index))
-        self.blocks = None if blocks is None else self.pack(blocks)[0]
+        packed = None if blocks is None else self.pack(blocks)[0]
+        is_noisy = None if noisy is None else self.pack(noisy.expand_as(real))[0]
+        self.runs = [(*run, _seen_in(run, packed, is_noisy)) for run in self._runs()]
 
     def pack(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, 1)[self.index]
@@ -104,8 +127,7 @@ class Packed:
         result = x.new_zeros(self.shape.numel(), *x.shape[2:])
         return result.index_copy(0, self.index, x[0, : len(self.index)]).unflatten(0, self.shape)
 
-    def runs(self) -> list[tuple[int, int, int]]:
-        """(start, count, length) of sequences of equal length that stand side by side."""
+    def _runs(self) -> list[Run]:
         lengths, runs, start = [*self.lengths, self.filler], [], 0
         for length, run in groupby(lengths):
             count = len(list(run))
@@ -115,29 +137,38 @@ class Packed:
         return runs
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        # split, whose gradient is one concatenation; that of a slice is as large as the whole, for every sequence
+        sizes = [count * length for _, count, length, _ in self.runs]
+        parts = zip(*(x[0].split(sizes, dim=1) for x in (query, key, value)), strict=True)
         mixed = []
-        for start, count, length in self.runs():
-            here = slice(start, start + count * length)
-            parts = [
-                x[0, :, here].unflatten(1, (count, length)).transpose(0, 1)
-                for x in (query, key, value)
-            ]
-            visible = None
-            if self.blocks is not None:
-                visible = block_visible(self.blocks[here].view(count, length))
-            part = sdpa(parts[0], parts[1], parts[2], visible)
-            mixed.append(part.transpose(0, 1).flatten(1, 2))
+        for (_, count, length, visible), heads in zip(self.runs, parts, strict=True):
+            q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in heads)
+            mixed.append(sdpa(q, k, v, visible).transpose(0, 1).flatten(1, 2))
         return torch.cat(mixed, dim=1)[None]
+
+
+def _seen_in(run: Run, blocks: Tensor | None, noisy: Tensor | None) -> Tensor | None:
+    """(count, 1, length, length) bool: who sees whom in sequences without padding; None: everyone."""
+    if blocks is None:
+        return None
+    start, count, length = run
+    here = slice(start, start + count * length)
+    mine = blocks[here].view(count, length)
+    return (
+        block_visible(mine)
+        if noisy is None
+        else streams_visible(mine, noisy[here].view(count, length))
+    )
 
 
 class FlashVarlen(Packed):
     """Packed for flash-attn: sequences of different length in one call, no padding."""
 
-    def __init__(self, real: Tensor) -> None:
-        super().__init__(real, None)
-        ends = real.sum(1).cumsum(0, dtype=torch.int32)
-        self.ends = F.pad(ends, (1, 0))
-        self.longest = max(self.lengths)
+    def __init__(self, real: Tensor, documents: Tensor | None = None) -> None:
+        super().__init__(real, None, documents=documents)
+        lengths = torch.tensor(self.lengths, device=real.device)
+        self.ends = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        self.longest = max(self.lengths, default=0)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         from flash_attn import flash_attn_varlen_func
@@ -153,23 +184,27 @@ class Flex(Dense):
     """Padding and blocks as a rule that FlexAttention compiles: whole tiles nobody sees are skipped."""
 
     def __init__(
-        self, real: Tensor | None, blocks: Tensor | None, shape: Sequence[int], noisy: Tensor | None = None
+        self, real: Tensor | None, blocks: Tensor | None, shape: Sequence[int], noisy: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> None:  # fmt: skip
         super().__init__(None)
-        if real is None and blocks is None:
+        given = [x for x in (real, blocks, documents) if x is not None]
+        if not given:
             self.block_mask = None
             return
         from torch.nn.attention.flex_attention import create_block_mask
 
         def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             seen = (k >= 0) if real is None else real[b, k]
+            if documents is not None:
+                seen = seen & (documents[b, q] == documents[b, k])
             if blocks is not None and noisy is not None:
                 return seen & stream_sees(blocks[b, q], blocks[b, k], noisy[q], noisy[k])
             return seen if blocks is None else seen & (blocks[b, k] <= blocks[b, q])
 
         size, length = shape
-        device = (real if blocks is None else blocks).device  # type: ignore[union-attr]
-        self.block_mask = create_block_mask(rule, size, None, length, length, device=str(device))
+        device = str(given[0].device)
+        self.block_mask = create_block_mask(rule, size, None, length, length, device=device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         grouped = query.shape[1] != key.shape[1]

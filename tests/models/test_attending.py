@@ -232,4 +232,7 @@ def test_flash_attention_gets_sequences_without_padding(monkeypatch: pytest.Monk
     expected = model(tokens, mask).logits
     model.set_attn_implementation("flash_attention_2")
     torch.testing.assert_close(model(tokens, mask).logits[mask], expected[mask], rtol=0, atol=2e-5)
-    assert seen == [[0, 9, 13, 14, 23, 36]] * 2
+    documents = torch.arange(5)[:, None].expand_as(mask)[mask][None]
+    packed = model(tokens[mask][None], document_ids=documents).logits[0]
+    torch.testing.assert_close(packed, expected[mask], rtol=0, atol=2e-5)
+    assert seen == [[0, 9, 13, 14, 23, 36]] * 4
