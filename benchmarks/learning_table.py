@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from learning.recipe import NUM_EVAL, NUM_STEPS, entries
-from learning.report import SHOWN, plot, summarise, table
+from learning.report import SHOWN, overview, plot, summarise, table
 from learning.study import Study, is_current, read, run
 
 from igpo.environment import machine, versions
@@ -50,6 +50,7 @@ def main() -> None:
     }
     options.out.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
     plot(summary["tasks"], options.out.with_suffix(".png"))
+    output.print(f"{overview(summary['tasks'])}\n", markup=False, soft_wrap=True)
     for task, rows in summary["tasks"].items():
         output.print(f"{SHOWN[task]}\n\n{table(rows)}\n", markup=False, soft_wrap=True)
     say(f"written: {options.out}.json, .png; runs: {path}")

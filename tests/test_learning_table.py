@@ -213,7 +213,9 @@ def test_rows_are_compared_from_the_same_start_only(bench) -> None:
     assert rows["dipo"]["stopped"] == {"2": "the loss is nan"}
     assert report.groups(rows, "grpo") == {"+": ["igpo"], "tie": [], "-": []}
     text = report.table(rows)
-    assert "| `igpo` | 0.410 ± 0.261 | +0.110 ± 0.025 | – | 1.0 | 1.0 | 1.0 | 1.0 | 4.0 |" in text
+    assert (
+        "| `igpo` | 0.410 ± 0.262 | **+0.110 ± 0.025** | – | 1.0 | 1.0 | 1.0 | 1.0 | 4.0 |" in text
+    )
     assert "(1 of 3 stopped)" in text
     assert "tie (-0.005 ± 0.064 †)" in text
 
@@ -223,3 +225,32 @@ def test_the_figure_is_drawn(bench, tmp_path: Path) -> None:
     lines = [*lines_of("chain", "grpo", 0.3, 0.4), *lines_of("sudoku", "grpo", 0.3)]
     report.plot(report.summarise(lines, ["grpo"])["tasks"], tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def committed() -> tuple[dict, Path]:
+    path = sorted(RESULTS.glob("*-learning_table.json"))[-1]
+    return json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".jsonl")
+
+
+def test_the_committed_summary_is_that_of_the_committed_runs(bench) -> None:
+    summary, runs = committed()
+    lines = bench("learning.study").read(runs)
+    found = bench("learning.report").summarise(lines, list(bench("learning.recipe").entries()))
+    assert json.loads(json.dumps(found["tasks"])) == summary["tasks"]
+    assert {x["commit"] for x in lines} == set(summary["commits"])
+    assert not any("+changes" in commit for commit in summary["commits"])
+    for rows in summary["tasks"].values():
+        assert all(len(x["seeds"]) + len(x["stopped"]) >= 3 for x in rows.values())
+
+
+def test_the_page_has_the_tables_and_names_what_they_lack(bench) -> None:
+    report, (summary, _) = bench("learning.report"), committed()
+    page = (ROOT / "docs" / "learning_table.md").read_text(encoding="utf-8")
+    assert report.overview(summary["tasks"]) in page
+    for task, rows in summary["tasks"].items():
+        assert f"## {report.SHOWN[task]}\n" in page
+        assert report.table(rows) in page
+        _, _, lacking = page.partition("## Not in the tables")
+        for name in ALGORITHMS:
+            assert name in rows or f"`{name}`" in lacking, f"{name}: run it, or name it there"
+    assert set(summary["tasks"]) == set(report.SHOWN)

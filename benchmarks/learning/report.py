@@ -13,6 +13,7 @@ OF_BLOCKS = "grpo, block-causal model"  # what a row on that model is compared w
 KINDS = ("rollouts", "exploration", "scoring", "training")
 SHOWN = {"chain": "State chains", "countdown": "Countdown, 3 numbers", "sudoku": "4x4 Sudoku"}
 BETTER, WORSE, TIE = "+", "-", "tie"
+COLOURS = {BETTER: "#009E73", WORSE: "#D55E00", TIE: "#777777"}  # Okabe and Ito's palette
 
 Line = Mapping[str, Any]
 
@@ -96,6 +97,29 @@ def table(rows: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def overview(tasks: Mapping[str, Any]) -> str:
+    """What each row gained over its start, a column per task."""
+    names = dict.fromkeys(name for rows in tasks.values() for name in rows)
+    lines = [
+        f"| algorithm | {' | '.join(SHOWN[task] for task in tasks)} |",
+        "|---" * (1 + len(tasks)) + "|",
+    ]
+    for name in names:
+        gains = [_gain(rows.get(name)) for rows in tasks.values()]
+        lines.append(f"| {_name(name)} | {' | '.join(gains)} |")
+    return "\n".join(lines)
+
+
+def _gain(x: Mapping[str, Any] | None) -> str:
+    gain = x and x["gain"]
+    return "–" if not gain or gain["half_width"] is None else _difference(Mean(**gain))
+
+
+def _difference(difference: Mean, note: str = "") -> str:
+    text = f"{difference.value:+.3f} ± {difference.half_width:.3f}{note}"
+    return f"tie ({text})" if verdict(difference) == TIE else f"**{text}**"
+
+
 def _name(name: str) -> str:
     head, _, rest = name.partition(" ")
     return f"`{name}`" if not rest or "=" in rest else f"`{head.rstrip(',')}`, {rest}"
@@ -122,8 +146,7 @@ def _against(x: Mapping[str, Any], other: str) -> str:
     found = x["against"].get(other)
     if found is None:
         return "–"
-    text = f"{found['value']:+.3f} ± {found['half_width']:.3f}{note}"
-    return f"tie ({text})" if found["verdict"] == TIE else text
+    return _difference(Mean(found["value"], found["half_width"], tuple(found["per_seed"])), note)
 
 
 def groups(rows: Mapping[str, Any], other: str) -> dict[str, list[str]]:
@@ -136,7 +159,11 @@ def groups(rows: Mapping[str, Any], other: str) -> dict[str, list[str]]:
 
 
 def plot(tasks: Mapping[str, Any], path: Path) -> None:
-    """Writes a PNG: held-out accuracy of every row against its forwards, with 95 % intervals, a panel per task."""
+    """Writes a PNG, a panel per task: held-out accuracy of every row with its 95 % interval, and its forwards.
+
+    Colour: better or worse than grpo from the same start (green, red), no such difference (grey).   Squares: rows on
+    the block-causal model.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -149,19 +176,27 @@ def plot(tasks: Mapping[str, Any], path: Path) -> None:
         order = sorted(
             (n for n in rows if rows[n]["after"]), key=lambda n: rows[n]["after"]["value"]
         )
+        colours = {"grpo": "#0072B2"} | {
+            name: COLOURS[kind]
+            for other in ("grpo", OF_BLOCKS)
+            for kind, some in groups(rows, other).items()
+            for name in some
+        }
         for place, name in enumerate(order):
             x = rows[name]
-            colour = {"grpo": "#0072B2", "igpo": "#D55E00"}.get(name, "#555555")
             half = x["after"]["half_width"] or 0.0
-            axis.errorbar(x["after"]["value"], place, xerr=half, fmt="o", ms=4, lw=1, color=colour)
+            on_blocks = name == OF_BLOCKS or OF_BLOCKS in x["against"]
+            axis.errorbar(
+                x["after"]["value"], place, xerr=half, fmt="s" if on_blocks else "o", ms=4, lw=1,
+                color=colours.get(name, COLOURS[TIE]),
+            )  # fmt: skip
             total = sum(x["forwards"].values()) / 1000
             axis.annotate(
                 f"{total:,.0f} k", (1.0, place), xycoords=("axes fraction", "data"), fontsize=7, va="center",
                 ha="right",
             )  # fmt: skip
-        starts = {x["before"] for n, x in rows.items() if n == "grpo"}
-        for before in starts:
-            axis.axvline(before, color="#999999", lw=1, ls="--")
+        if "grpo" in rows:
+            axis.axvline(rows["grpo"]["before"], color="#999999", lw=1, ls="--")
         axis.set_yticks(range(len(order)), order, fontsize=8)
         axis.set_title(f"{SHOWN.get(task, task)} (dashed: start; right: forwards)", fontsize=10)
         axis.set_xlabel("held-out accuracy, mean and 95 % interval")
