@@ -13,7 +13,7 @@ from igpo.config_io import flatten
 from igpo.demo.recipe import warm_start_config
 from igpo.rl.algorithms import ALGORITHMS
 from igpo.rl.estimators import LIKELIHOODS
-from igpo.rl.presets import PRESETS
+from igpo.rl.presets import PRESETS, preset_of
 
 NUM_STEPS, PROMPTS, GENERATIONS, UPDATES = 16, 8, 8, 2  # UPDATES: inner ones
 # of 3e-4 and 6e-4 the one at which igpo and wd1 did better on Sudoku (seed 100, which is not in the table)
@@ -56,10 +56,6 @@ class Entry:
     block_causal: bool = False
 
 
-# grpo has d1's settings; those that differ from igpo by the explorer have igpo's
-_SETTINGS = {"grpo": "diffu_grpo"} | dict.fromkeys(
-    ("grpo_resample", "trace_in_group", "trace_as_hints"), "igpo"
-)
 # the trajectory's own likelihood, as in the demo
 _REPLAY = {
     "likelihood": "step_map", "hint_mode": "replay", "importance_sampling_level": "token", "loss_type": "bnpo",
@@ -70,7 +66,7 @@ _REPLAY = {
 def entries() -> dict[str, Entry]:
     """Name -> row: every algorithm, then compositions that say what a difference comes from."""
     found = {
-        name: Entry(name, _SETTINGS.get(name, name), block_causal=LIKELIHOODS[made.likelihood].block_causal)
+        name: Entry(name, preset_of(name) or name, block_causal=LIKELIHOODS[made.likelihood].block_causal)
         for name, made in ALGORITHMS.items()
     }  # fmt: skip
     return found | {
@@ -116,6 +112,7 @@ def _common(task: str, rl: Any) -> dict[str, Any]:
         "draws": {
             "num_draws": min(rl.draws.num_draws, MOST_DRAWS),
             "shrink": min(rl.draws.shrink, 2),
+            "filtered_scoring": "support",  # no rollout here is filtered, so it makes no difference
             # agrpo scores under the sampling distribution
             "likelihood_temperature": shape.temperature if rl.draws.likelihood_temperature != 1 else 1.0,
         },
@@ -145,9 +142,18 @@ def merged(record: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def digest(task: str, entry: Entry, start: str, num_steps: int, num_eval: int) -> str:
-    """What a result depends on beside its seed and the code, in 12 letters: the settings that are not the defaults
-    (so that a new option with a default changes nothing), the start and the size of the evaluation."""
+    """What a result depends on beside its seed and the code, in 12 letters: settings, start, size of the evaluation."""
+    settings = changed(config(task, entry, 0, num_steps))
+    return short([task, entry.block_causal, settings, start, num_eval])
+
+
+def changed(cfg: Config) -> dict[str, Any]:
+    """The settings that are not the defaults: a new option with a default makes nothing another recipe."""
     plain = flatten(Config())
-    changed = {k: v for k, v in flatten(config(task, entry, 0, num_steps)).items() if v != plain[k]}
-    text = json.dumps([task, entry.block_causal, changed, start, num_eval], sort_keys=True)
+    return {key: value for key, value in flatten(cfg).items() if value != plain[key]}
+
+
+def short(facts: Any) -> str:
+    """A digest of what JSON can hold, in 12 letters."""
+    text = json.dumps(facts, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()

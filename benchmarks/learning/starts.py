@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from igpo.config_io import flatten
 from igpo.demo.recipe import decoder
 from igpo.demo.warm_start import fit
 from igpo.models import MaskedDecoder
@@ -18,7 +16,7 @@ from igpo.ops import linear_masked_cross_entropy
 from igpo.sft import Examples, sft_loss
 from igpo.types import Seed
 
-from .recipe import SHAPES, warm_config
+from .recipe import SHAPES, changed, short, warm_config
 from .tasks import TASKS, Pool
 
 
@@ -29,8 +27,7 @@ def start(task: str, block_causal: bool, folder: Path) -> MaskedDecoder:
         SHAPES[task].block_length if block_causal else None,
     )
     model = decoder(Seed(cfg.train.seed), TASKS[task].words, blocks)
-    text = json.dumps([task, block_causal, SHAPES[task].warm_pool, flatten(cfg)], sort_keys=True)
-    name = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+    name = short([task, block_causal, SHAPES[task].warm_pool, changed(cfg)])
     path = folder / f"{task}-{'blocks' if block_causal else 'full'}-{name}.safetensors"
     if path.exists():
         model.load_state_dict(load_file(path))
