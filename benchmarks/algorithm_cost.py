@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from counting import Counting
+from learning.recipe import merged
 from report import machine
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -35,56 +37,12 @@ LONGEST = 512  # round: longer completions change no count
 MASK, EOS, PAD = WORDS - 1, WORDS - 2, WORDS - 3
 
 
-@dataclass
-class Counting:
-    """A policy that counts the sequences it is given, by whether they leave a graph."""
-
-    model: MaskedDecoder
-    plain: int = 0
-    with_graph: int = 0
-    head_bias: Tensor | None = field(default=None)
-
-    def hidden(self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None):
-        self.count(len(tokens))
-        return self.model.hidden(tokens, attention_mask, position_ids)
-
-    def hidden_of_blocks(
-        self, noisy: Tensor, clean: Tensor, attention_mask: Tensor, position_ids: Tensor
-    ):
-        """Counted as one forward, of twice the tokens."""
-        self.count(len(noisy))
-        return self.model.hidden_of_blocks(noisy, clean, attention_mask, position_ids)
-
-    def count(self, sequences: int) -> None:
-        if torch.is_grad_enabled():
-            self.with_graph += sequences
-        else:
-            self.plain += sequences
-
-    @property
-    def block_length(self) -> int | None:
-        return self.model.block_length
-
-    @property
-    def head_weight(self) -> Tensor:
-        return self.model.head_weight
-
-
 def decoder(block_length: int | None) -> MaskedDecoder:
     config = MaskedDecoderConfig(
         vocab_size=WORDS, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         mask_token_id=MASK, eos_token_id=EOS, pad_token_id=PAD, block_length=block_length,
     )  # fmt: skip
     return MaskedDecoder.from_seed(config, Seed(0))
-
-
-def merged(base, changes):
-    kept = {}
-    for item in fields(base):
-        if item.name in changes:
-            value, new = getattr(base, item.name), changes[item.name]
-            kept[item.name] = merged(value, new) if is_dataclass(value) else new
-    return replace(base, **kept)
 
 
 def shortened(cfg: Config) -> Config:

@@ -5,22 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from transformers.utils import logging as transformers_logging
 
 from igpo.canvas import masked_canvases, with_hints
-from igpo.config import Config, RewardConfig
+from igpo.config import Config
 from igpo.evaluate import evaluate
 from igpo.logging import RunLog
 from igpo.models import MaskedDecoder
-from igpo.optim import Updater
-from igpo.rewards import Grade, make_grader
-from igpo.rl.algorithms import build_algorithm
 from igpo.rl.explorer import InpaintingExplorer, original_layout, triggered_groups
 from igpo.rollout import denoise
 from igpo.train import Run, train
@@ -28,22 +24,11 @@ from igpo.types import Canvas, Graded, Metrics, Prompt, Seed
 
 from .recipe import CHAIN, NUM_EVAL
 from .results import ArmResult, Frame, Point
+from .task import Observer, grader, training_run
 
-Observer = Callable[[int, Graded, Metrics], None]
 HELD_OUT_SEED = Seed(2)
 LIFT_PROBLEMS, LIFT_SAMPLES = 128, 4
 GROUPS = 64  # held-out groups behind the all-wrong fractions
-
-
-@dataclass(frozen=True)
-class Problems:
-    """Fresh training problems for every step; the same for all arms of a seed."""
-
-    size: int
-    seed: Seed
-
-    def at(self, step: int) -> list[Prompt]:
-        return CHAIN.problems(self.size, self.seed.at(step), "train")
 
 
 @dataclass(frozen=True)
@@ -80,16 +65,9 @@ class Watcher:
             self.then(step, graded, metrics)
 
 
-def grader() -> Grade:
-    def verifier(text: str, prompt: Prompt) -> bool:
-        return CHAIN.is_correct(prompt, text)
-
-    return make_grader(CHAIN.tokenizer(), RewardConfig(), verifier=verifier)
-
-
 def measure(policy: MaskedDecoder, cfg: Config, num_problems: int = NUM_EVAL) -> Held:
     """On held-out problems, the same at every call."""
-    tokenizer, grade = CHAIN.tokenizer(), grader()
+    tokenizer, grade = CHAIN.tokenizer(), grader(CHAIN)
     problems = CHAIN.problems(num_problems, HELD_OUT_SEED, "held-out")
     greedy = evaluate(policy, tokenizer, problems, grade, cfg)
     groups = replace(
@@ -112,7 +90,11 @@ def hint_lift(policy: MaskedDecoder, cfg: Config, num_problems: int = LIFT_PROBL
         problems, plain, torch.tensor(ratios, dtype=torch.float64), inpaint, seed
     )
     rates = [
-        float(grader()(denoise(policy, canvas, cfg.rollout, seed), problems).correct.float().mean())
+        float(
+            grader(CHAIN)(denoise(policy, canvas, cfg.rollout, seed), problems)
+            .correct.float()
+            .mean()
+        )
         for canvas in (plain, with_hints(plain, *layout))
     ]
     return Lift(*rates)
@@ -133,22 +115,10 @@ def run_arm(
     """Trains a copy of `start` in out/<arm>, which gets metrics.jsonl and the last checkpoint."""
     transformers_logging.disable_progress_bar()  # of files written in milliseconds, in the middle of our lines
     cfg = replace(cfg, train=replace(cfg.train, output_dir=str(out / arm)))
-    tokenizer, grade = CHAIN.tokenizer(), grader()
-    policy = copy.deepcopy(start)
+    policy = copy.deepcopy(start).eval()
     held_out = CHAIN.problems(num_problems, HELD_OUT_SEED, "held-out")
     watcher = Watcher(observe)
-    run = Run(
-        cfg=cfg,
-        policy=policy.eval(),
-        tokenizer=tokenizer,
-        batches=Problems(cfg.train.prompts_per_step, Seed(cfg.train.seed)),
-        grade=grade,
-        algorithm=build_algorithm(cfg.rl, cfg.rollout, grade, pad_id=tokenizer.pad_token_id),
-        reference=None,
-        updater=Updater(policy, cfg.train, cfg.train.max_steps),
-        evaluate=partial(evaluate, policy, tokenizer, held_out, grade, cfg),
-        observe=watcher,
-    )
+    run = training_run(cfg, CHAIN, policy, held_out=held_out, observe=watcher)
     began = time.monotonic()
     with RunLog(cfg) as log:
         train(run, log)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -46,13 +47,15 @@ ROLLOUT = RolloutConfig(
 )
 
 
-def decoder(seed: Seed) -> MaskedDecoder:
-    """The model before any training: 121 k parameters."""
-    words = CHAIN.words
+def decoder(
+    seed: Seed, words: Sequence[str] = CHAIN.words, block_length: int | None = None
+) -> MaskedDecoder:
+    """The model before any training: 121 k parameters with the words of the chain."""
     config = MaskedDecoderConfig(
         vocab_size=len(words), hidden_size=64, intermediate_size=192, num_hidden_layers=2,
         num_attention_heads=4, initializer_range=0.125, mask_token_id=words.index("<mask>"),
         eos_token_id=words.index("</s>"), pad_token_id=words.index("<pad>"),
+        block_length=block_length,
     )  # fmt: skip
     return MaskedDecoder.from_seed(config, seed)
 

@@ -5,6 +5,8 @@ python -m igpo.demo.warm_start          writes the weights that are shipped besi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -12,30 +14,38 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from igpo.config import Config
 from igpo.logging import progress, say
 from igpo.models import MaskedDecoder
 from igpo.optim import Updater
-from igpo.sft import noisy_examples, sft_loss
+from igpo.sft import Examples, noisy_examples, sft_loss
 from igpo.types import Prompt, Seed
 
 from .recipe import CHAIN, WARM_SEED, decoder, warm_start_config
+from .task import Task
 
+LossOf = Callable[[MaskedDecoder, Examples], Tensor]
 SHIPPED = "warm_start.safetensors"
 
 
 def train(num_steps: int | None = None) -> MaskedDecoder:
     """Trains it: about a minute on one core. The same weights on the same machine, whatever the number of threads
     changes in rounding."""
-    cfg, tokenizer = warm_start_config(), CHAIN.tokenizer()
-    steps = cfg.train.max_steps if num_steps is None else num_steps
-    seed = Seed(WARM_SEED)
-    model = decoder(seed)
+    cfg, seed = warm_start_config(), Seed(WARM_SEED)
+    if num_steps is not None:
+        cfg = replace(cfg, train=replace(cfg.train, max_steps=num_steps))
+    return fit(decoder(seed), CHAIN, cfg)
+
+
+def fit(model: MaskedDecoder, task: Task, cfg: Config, loss_of: LossOf = sft_loss) -> MaskedDecoder:
+    """max_steps updates of masked SFT on fresh training problems of `task`; the model, in eval mode."""
+    steps, seed, tokenizer = cfg.train.max_steps, Seed(cfg.train.seed), task.tokenizer()
     updater = Updater(model, cfg.train, steps)
     with progress(steps, "warm start") as advance:
         for step in range(steps):
-            problems = CHAIN.problems(cfg.sft.sft_batch_size, seed.at(step), "train")
+            problems = task.problems(cfg.sft.sft_batch_size, seed.at(step), "train")
             examples = noisy_examples(problems, cfg, tokenizer, seed.named("noise").at(step))
-            loss = sft_loss(model, examples)
+            loss = loss_of(model, examples)
             loss.backward()
             updater.step(loss.item(), f"warm start, step {step}", lambda: ["all"])
             if (step + 1) % 10 == 0:

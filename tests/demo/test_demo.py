@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.text import Text
 
 from igpo.demo import program, study, warm_start
-from igpo.demo.arm import Held, Lift, Problems, hint_lift, measure, run_arm
+from igpo.demo.arm import Held, Lift, hint_lift, measure, run_arm
 from igpo.demo.plots import COLOURS, LABELS
 from igpo.demo.program import Screen, denoised, describe
 from igpo.demo.recipe import ARMS, CHAIN, STUDY_ARMS, arm_config
 from igpo.demo.results import ArmResult, Frame, Point
+from igpo.demo.task import Problems
 from igpo.models import MaskedDecoder
 from igpo.options import DemoOptions
 from igpo.types import Seed
@@ -125,10 +126,10 @@ def test_an_arm_is_reproducible(
 
 
 def test_problems_are_fresh_and_the_same_for_every_arm() -> None:
-    order = Problems(16, Seed(3))
+    order = Problems(CHAIN, 16, Seed(3))
     seen = [p.text for step in range(4) for p in order.at(step)]
     assert len(set(seen)) == 64
-    assert seen[16:32] == [p.text for p in Problems(16, Seed(3)).at(1)]
+    assert seen[16:32] == [p.text for p in Problems(CHAIN, 16, Seed(3)).at(1)]
 
 
 def test_hints_raise_the_chance_of_a_right_answer_and_hold_none(start: MaskedDecoder) -> None:
