@@ -10,7 +10,7 @@ import research
 import torch
 from decoders import canvases, decoder, words
 from harness import near
-from programs import Program, Provider, held_mib, measure, trunk_flops
+from programs import GPU_ROUNDS, Program, Provider, held_mib, measure, trunk_flops
 from shapes import DEVICE, TOY, Batch
 from timing import Run
 from torch import Tensor
@@ -149,7 +149,6 @@ def providers(made: Training) -> dict[str, Provider]:
     return {
         "igpo": timed(made.ours, said, True),
         "research": timed(lambda: made.research(masks), said, True),
-        "stage-scoring": timed(made.prepare, "old and reference log-probs", False),
         "stage-trunk": timed(
             lambda: made.trunk(2 * distinct), "the same passes without head, loss and optimizer", False
         ),
@@ -194,5 +193,6 @@ def bench_train_step(benchmark, request, training: Batch, variant: str) -> None:
             counted=f"{scored} forwards, {at.inner} forwards and backwards to inputs; completions through the head",
             dtype=at.model.dtype,
             held_mib=held_mib(made.policy),
+            rounds=GPU_ROUNDS if DEVICE == "cuda" else 1,
         ),
     )  # fmt: skip

@@ -16,7 +16,7 @@ from harness import Case, gated
 from shapes import DEVICE
 from timing import Run, in_turn
 
-ROUNDS = {"cpu": 2, "cuda": 3}  # a call takes seconds
+CPU_ROUNDS, GPU_ROUNDS = 2, 3  # a call takes seconds
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Provider:
 @dataclass(frozen=True)
 class Program:
     """A program on one problem. unit, tokens: what times are per, and the tokens of one.   flops: of a unit, what no
-    exact form avoids.   held_mib: weights and states that are there before a call."""
+    exact form avoids.   held_mib: weights and states that are there before a call.   rounds: calls timed."""
 
     op: str
     axes: Mapping[str, object]
@@ -44,6 +44,7 @@ class Program:
     counted: str
     dtype: torch.dtype
     held_mib: float
+    rounds: int = GPU_ROUNDS if DEVICE == "cuda" else CPU_ROUNDS
 
     def case(self, providers: Mapping[str, Run]) -> Case:
         ungated = frozenset(name for name, p in self.providers.items() if not p.gated)
@@ -70,7 +71,7 @@ def measure(benchmark, program: Program) -> None:
         benchmark.pedantic(lambda: None)
         return
     timings = in_turn(
-        {n: p.run for n, p in program.providers.items() if n in passed}, DEVICE, ROUNDS[DEVICE]
+        {n: p.run for n, p in program.providers.items() if n in passed}, DEVICE, program.rounds
     )
     best = program.flops / rates.matmul_rate(DEVICE, program.dtype)
     case = program.case(runs)

@@ -159,9 +159,7 @@ def _program(case: dict) -> str:
     for stage, ms in parts.items():
         said = stages[f"stage-{stage}"]["subset"]
         lines.append(f"| of ours: {stage} | {ms:.4g} | | | | {ms / ours:.3f} | {said} |")
-    left = ours - sum(
-        ms for stage, ms in parts.items() if stage != "scoring"
-    )  # part of the trunk and the head
+    left = ours - sum(parts.values())
     lines.append(f"| of ours: the rest | {left:.4g} | | | | {left / ours:.3f} | |")
     lines += [f"| {name} | not timed | | | | | {why} |" for name, why in case["skipped"].items()]
     return "\n".join(lines)

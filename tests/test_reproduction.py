@@ -105,10 +105,10 @@ def test_dry_run_of_training(
     }
     (model / "config.json").write_text(json.dumps({"model_type": "igpo_decoder", **shape}))
     command = ["train", str(config), *made, f"model_name_or_path={model}", "--dry-run"]
-    command += [
+    command += [  # a block that divides the short canvas
         "tflops=0.5",
         *(["block_length=8"] if "agrpo" in name else []),
-    ]  # it divides the short canvas
+    ]
     assert main(command) == 0
     said = capsys.readouterr()
     assert "dry run: passed" in said.err
