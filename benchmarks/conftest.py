@@ -42,6 +42,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "canvas" in metafunc.fixturenames:
         found = shapes.canvases(size)
         metafunc.parametrize("canvas", found, ids=[f"{b}x{n}" for b, n in found])
+    for name, of in (("generation", shapes.generations), ("training", shapes.training)):
+        if name in metafunc.fixturenames:
+            found = of(size)
+            metafunc.parametrize(name, found, ids=[str(x).replace(" ", "-") for x in found])
+
+    if "variant" in metafunc.fixturenames and "training" in metafunc.fixturenames:
+        every = list(metafunc.module.VARIANTS)
+        one = size == "quick" or (size == "full" and shapes.DEVICE == "cpu")
+        metafunc.parametrize("variant", every[:1] if one else every)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

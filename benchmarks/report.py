@@ -1,6 +1,6 @@
 """From what the benchmarks wrote down to records and tables.
 
-python benchmarks/report.py RESULT.json     the table of docs/performance.md
+python benchmarks/report.py RESULT.json     the tables of docs/performance.md
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def table(records: list[dict]) -> str:
         unit, of = ("TFLOP/s", "matmul") if r["bound"] == "matmul" else ("GB/s", "copy")
         lines += [
             "",
-            f"{r['case']}: {r['bytes'] / 1e6:.2f} MB, {r['flops'] / 1e9:.2f} GFLOP; at best {r['best_ms']:.4g} ms",
+            f"{r['case']}: {r['bytes'] / 1e6:.2f} MB, {r['flops'] / 1e9:.2f} GFLOP; at best {r['best_ms']:.4g} ms"
+            + (f"; per {r['unit']}" if "unit" in r else ""),
             f"  {'':14} {'median ms':>10} {'p20':>9} {'p80':>9} {'host ms':>9} {unit:>8} {'of ' + of:>9} "
             f"{'peak MiB':>9} {'/ ours':>7}",
         ]
@@ -133,5 +134,37 @@ def markdown(result: dict) -> str:
     return "\n".join(lines)
 
 
+def programs(result: dict) -> str:
+    """A table per program: its providers, then the stages of ours, and what they leave."""
+    return "\n\n".join(_program(case) for case in result["cases"] if "unit" in case)
+
+
+def _program(case: dict) -> str:
+    providers, stages = (
+        {n: p for n, p in case["providers"].items() if n.startswith("stage-") == wanted}
+        for wanted in (False, True)
+    )
+    ours = case["providers"]["igpo"]["median_ms"]
+    name = f"`{case['op']}`{case['case'].removeprefix(case['op'])}"
+    lines = [
+        f"| {name} | ms per {case['unit']} | tokens/s | TFLOP/s | peak MiB | time / ours | timed on |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for provider, p in providers.items():
+        lines.append(
+            f"| {provider} | {p['median_ms']:.4g} | {p['tokens_per_s']:.3g} | {p['rate']:.3g} | {p['peak_mib']:,.0f} "
+            f"| {p['median_ms'] / ours:.2f} | {p['subset']} |"
+        )
+    parts = {n.removeprefix("stage-"): p["median_ms"] for n, p in stages.items()}
+    for stage, ms in parts.items():
+        said = stages[f"stage-{stage}"]["subset"]
+        lines.append(f"| of ours: {stage} | {ms:.4g} | | | | {ms / ours:.3f} | {said} |")
+    left = ours - sum(parts.values())
+    lines.append(f"| of ours: the rest | {left:.4g} | | | | {left / ours:.3f} | |")
+    lines += [f"| {name} | not timed | | | | | {why} |" for name, why in case["skipped"].items()]
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(markdown(json.loads(Path(sys.argv[1]).read_text())))
+    read = json.loads(Path(sys.argv[1]).read_text())
+    print(markdown(read), programs(read), sep="\n\n")

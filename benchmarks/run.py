@@ -1,12 +1,12 @@
 """`make bench`: runs the benchmark files, prints one table, writes one JSON into benchmarks/results/.
 
-    python benchmarks/run.py                          every op
+    python benchmarks/run.py                          every op, and the programs: rollout, train_step
     python benchmarks/run.py token_logprob --quick    one op, few problems; further arguments go to pytest
     --budget SECONDS                                  for all of it, shared by the ops
     --output FILE                                     instead of benchmarks/results/…
 
-On a GPU when torch sees one, else on the CPU. The ops on logits run in processes of their own, the others in one. A
-ratio is a rival's median over that of the fastest of our rows, measured in turn; absolute times are this machine's.
+On a GPU when torch sees one, else on the CPU. Ops on logits and programs run in processes of their own, the others in
+one. A ratio is a rival's median over that of the fastest of our rows, in turn; absolute times are this machine's.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ ALONE = (
     "linear_masked_cross_entropy",
     "linear_logprob",
 )
-OPS = [path.stem.removeprefix("bench_") for path in sorted(HERE.glob("bench_*.py"))]
+PROGRAMS = ("rollout", "train_step")
+NAMES = [path.stem.removeprefix("bench_") for path in sorted(HERE.glob("bench_*.py"))]
+OPS = [name for name in NAMES if name not in PROGRAMS]
 
 
 def groups(ops: list[str]) -> list[list[str]]:
     """Which ops share a process, in the order of the run."""
-    found = [[op] for op in ALONE if op in ops]
-    rest = sorted(set(ops) - set(ALONE))
+    found = [[op] for op in (*ALONE, *PROGRAMS) if op in ops]
+    rest = sorted(set(ops) - set(ALONE) - set(PROGRAMS))
     return [*found, rest] if rest else found
 
 
@@ -93,17 +95,17 @@ def benchmark(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
-    parser.add_argument("ops", nargs="*", metavar="OP", help=", ".join(OPS))
+    parser.add_argument("ops", nargs="*", metavar="OP", help=", ".join(NAMES))
     parser.add_argument("--budget", type=float, default=0)
     parser.add_argument("--output", type=Path)
     args, options = parser.parse_known_args()
-    unknown = [op for op in args.ops if op not in OPS]
+    unknown = [op for op in args.ops if op not in NAMES]
     if unknown:
-        parser.error(f"no benchmark {', '.join(unknown)}; there are: {', '.join(OPS)}")
+        parser.error(f"no benchmark {', '.join(unknown)}; there are: {', '.join(NAMES)}")
     where = report.machine()
     name = f"{report.kind(where)}-{where['date']}-{'-'.join(args.ops or ['all'])}.json"
     output = args.output or HERE / "results" / name
-    result = benchmark(args.ops or OPS, options, args.budget, output=output)
+    result = benchmark(args.ops or NAMES, options, args.budget, output=output)
     chip = where["gpu"] or f"{where['cpu']} ({where['isa']}), {where['threads']} threads"
     print(f"\n{chip}, torch {where['torch']}")
     print(report.table(result["cases"]))

@@ -89,3 +89,93 @@ def heads(size: str, device: str = DEVICE) -> list[Head]:
 def canvases(size: str) -> list[tuple[int, int]]:
     """(B, L) of the ops on tokens."""
     return [(64, 256)] if size != "full" else [(64, 256), (512, 1024)]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shape of a decoder."""
+
+    layers: int
+    width: int
+    intermediate: int
+    heads: int
+    vocabulary: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.layers}x{self.width}x{self.vocabulary} {short(self.dtype)}"
+
+
+LLADA_8B = Geometry(32, 4096, 12288, 32, LLADA, BF16)
+SIXTEENTH = Geometry(
+    32, 256, 768, 2, LLADA, F32
+)  # of its width and heads; depth and vocabulary are the same
+TOY = Geometry(2, 64, 128, 2, TINY, F32)
+
+
+def geometry(size: str, device: str = DEVICE) -> Geometry:
+    """Of the programs' model: LLaDA-8B's on a GPU, a sixteenth of its width on a CPU."""
+    if size == "tiny":
+        return TOY
+    return LLADA_8B if device == "cuda" else SIXTEENTH
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Rollouts of `batch` canvases of prompt + completion tokens; the clock runs in block `first` and after."""
+
+    model: Geometry
+    batch: int
+    prompt: int = 200
+    completion: int = 256
+    block: int = 32
+    steps: int = 128
+    first: int = 3
+    group: int = 8  # rows of a prompt, which the research form denoises at once
+
+    @property
+    def length(self) -> int:
+        return self.prompt + self.completion
+
+    @property
+    def steps_per_block(self) -> int:
+        return self.steps * self.block // self.completion
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.prompt}+{self.completion} {self.model}"
+
+
+def generations(size: str, device: str = DEVICE) -> list[Generation]:
+    model = geometry(size, device)
+    if size == "tiny":
+        return [Generation(model, 2, 20, 32, 8, 16, 1, 2)]
+    if device == "cpu":  # a group of one: eight rows of float64 logits are 18 GB at once
+        return [Generation(model, 8, group=1)]
+    return [Generation(model, batch) for batch in ((8,) if size == "quick" else (8, 16, 32, 64))]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The training of one rollout batch: `sequences` canvases, `inner` updates, `micro` sequences at a time."""
+
+    model: Geometry
+    sequences: int
+    prompt: int = 200
+    completion: int = 256
+    inner: int = 4
+    micro: int = (
+        4  # chosen: activations of 4 sequences and the weights are about 30 GiB at 8B, not measured
+    )
+    lora: int = 128
+
+    def __str__(self) -> str:
+        return f"{self.sequences}x{self.prompt}+{self.completion} {self.model}"
+
+
+def training(size: str, device: str = DEVICE) -> list[Batch]:
+    model = geometry(size, device)
+    if size == "tiny":
+        return [Batch(model, 3, 20, 16, 2, 2, 4)]
+    if device == "cpu":  # of 64 sequences
+        return [Batch(model, 1, micro=1, lora=8)]
+    return [Batch(model, 16 if size == "quick" else 64)]

@@ -1,10 +1,11 @@
-"""What the GPU kernels are meant to reach on one H200, and what a result says of it.
+"""What kernels and programs are meant to reach on one H200, and programs on a CPU; what a result says of it.
 
     python benchmarks/targets.py [RESULT.json ...]             prints the table
     python benchmarks/targets.py --write RESULT.json ...       puts it into docs/performance.md
 
-V = 126464, bfloat16, cold L2; shares of the copy bandwidth measured in the same run, of the bytes the algorithm must
-move. Ours is the fastest of our rows in each case. A cell without a measurement says so.
+Results of a GPU speak of its targets, those of a CPU of the few there are for one. Kernels: V = 126464, bfloat16, cold
+L2; shares of the copy bandwidth measured in the same run, of the bytes the algorithm must move. Ours is the fastest of
+our rows in each case. A cell without a measurement says so.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 BEGIN, END = "<!-- targets: begin -->", "<!-- targets: end -->"
+CPU_BEGIN, CPU_END = "<!-- cpu targets: begin -->", "<!-- cpu targets: end -->"
 MISSING = "not yet measured"
 LOGITS = "126464 bfloat16"
 HEAD = "4096x4096x126464 bfloat16"
 MANY_ROWS = (256, 512, 1024, 4096)
+ROLLOUT = "rollout 8x200+256 {} T=1.2 block=32 steps=128"
+TRAIN_STEP = "train_step {}x200+256 {} inner=4 one mask"
+LLADA, SMALL = "32x4096x126464 bfloat16", "32x256x126464 float32"
 
 Cases = Mapping[str, dict]
 Found = float | None
@@ -113,7 +118,7 @@ def targets() -> list[Target]:
     found.append(
         Target("token_logprob, backward alone, 256 rows and more", backward, 85, "% of copy", False)
     )
-    return [*found, *unmask_targets(), *linear_targets(), *policy_targets()]
+    return [*found, *unmask_targets(), *linear_targets(), *policy_targets(), *program_targets()]
 
 
 def unmask_targets() -> list[Target]:
@@ -188,9 +193,68 @@ def policy_targets() -> list[Target]:
     ]
 
 
-def table(cases: Cases) -> str:
+def first_of(*values: Callable[[Cases], Found]) -> Callable[[Cases], Found]:
+    def value(cases: Cases) -> Found:
+        return next((x for x in (value(cases) for value in values) if x is not None), None)
+
+    return value
+
+
+def held_and_peak(name: str) -> Callable[[Cases], Found]:
+    """GiB of weights, optimizer and the call."""
+
+    def value(cases: Cases) -> Found:
+        peak = ours(cases, name, "peak_mib")
+        return None if peak is None else (peak + cases[name]["held_mib"]) / 1024
+
+    return value
+
+
+def program_targets() -> list[Target]:
+    rollout = ROLLOUT.format(LLADA)
+    # a quick run trains 16 of the 64 sequences
+    batches = [TRAIN_STEP.format(sequences, LLADA) for sequences in (64, 16)]
+    what, update = (
+        "rollout of LLaDA-8B's geometry, 8 sequences",
+        "training of one rollout batch, LoRA",
+    )
+    cached = quotient(by(rollout, "research"), by(rollout, "dual-cache"))
+    return [
+        Target(
+            f"{what}: time over the bare model forward",
+            quotient(of(rollout), by(rollout, "stage-forward")),
+            1.03,
+            "",
+        ),
+        Target(
+            f"{what}: research form's time over ours",
+            quotient(by(rollout, "research"), of(rollout)),
+            1.2,
+            "",
+            False,
+        ),
+        Target(f"{what}: research form's time over that with caches", cached, 5, "", False),
+        Target(
+            f"{update}: research form's time over ours",
+            first_of(*(quotient(by(name, "research"), of(name)) for name in batches)),
+            1.5,
+            "",
+            False,
+        ),
+        Target(f"{update}: memory in all", first_of(*map(held_and_peak, batches)), 40, "GiB"),
+    ]
+
+
+def cpu_targets() -> list[Target]:
+    name = ROLLOUT.format(SMALL)
+    ratio = quotient(by(name, "research"), of(name))
+    what = "rollout of a sixteenth of LLaDA-8B's width: research form's time over ours"
+    return [Target(what, ratio, 3, "", False)]
+
+
+def table(cases: Cases, wanted: list[Target] | None = None) -> str:
     lines = ["| target | at most / at least | measured | met |", "|---|---|---|---|"]
-    for t in targets():
+    for t in targets() if wanted is None else wanted:
         found = t.value(cases)
         sign, unit = ("<=" if t.at_most else ">="), f" {t.unit}" if t.unit else ""
         value = MISSING if found is None else f"{found:.3g}{unit}"
@@ -199,16 +263,18 @@ def table(cases: Cases) -> str:
     return "\n".join(lines)
 
 
-def block(results: list[dict]) -> str:
+def block(results: list[dict], *, cpu: bool = False) -> str:
     """The table under a line that says where the numbers are from."""
     cases = {c["case"]: c for result in results for c in result["cases"]}
     where = results[0]["machine"] if results else None
-    source = (
-        f"{where['gpu']}, driver {where['driver']}, torch {where['torch']}, {where['date']}, {where['commit']}."
-        if where
-        else "No run on a GPU yet."
-    )
-    return f"{BEGIN}\n{source}\n\n{table(cases)}\n{END}"
+    source = f"No run on a {'CPU' if cpu else 'GPU'} yet."
+    if where is not None:
+        chip = f"{where['cpu']}, {where['threads']} threads"
+        if where["gpu"]:
+            chip = f"{where['gpu']}, driver {where['driver']}"
+        source = f"{chip}, torch {where['torch']}, {where['date']}, {where['commit']}."
+    begin, end, wanted = (CPU_BEGIN, CPU_END, cpu_targets()) if cpu else (BEGIN, END, targets())
+    return f"{begin}\n{source}\n\n{table(cases, wanted)}\n{end}"
 
 
 def main() -> int:
@@ -219,12 +285,15 @@ def main() -> int:
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     results = [json.loads(path.read_text()) for path in args.results]
-    if any(not result["machine"]["gpu"] for result in results):
-        parser.error("a result that is not from a GPU says nothing of these targets")
-    text = block(results)
+    kinds = {bool(result["machine"]["gpu"]) for result in results}
+    if len(kinds) > 1:
+        parser.error("results must all be of a GPU or all of a CPU: their targets differ")
+    cpu = kinds == {False}
+    text = block(results, cpu=cpu)
     if args.write:
         page = PAGE.read_text()
-        start, end = page.index(BEGIN), page.index(END) + len(END)
+        begin, last = (CPU_BEGIN, CPU_END) if cpu else (BEGIN, END)
+        start, end = page.index(begin), page.index(last) + len(last)
         PAGE.write_text(page[:start] + text + page[end:])
     print(text)
     return 0

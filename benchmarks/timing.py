@@ -87,6 +87,14 @@ def interleaved(runs: Mapping[str, Run], device: str, seconds: float) -> dict[st
     return (_cuda if device == "cuda" else _cpu)(runs, seconds)
 
 
+def in_turn(runs: Mapping[str, Run], device: str, rounds: int) -> dict[str, Timing]:
+    """Times calls of seconds, which were made before: from an idle machine to the last result, the order turning."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for name in _turns(list(runs), rounds):
+        times[name].append(_wall(runs[name], device))
+    return {name: summary(found, summary(found, 0.0).median) for name, found in times.items()}
+
+
 def _turns(names: list[str], rounds: int):
     for i in range(rounds):
         first = i % len(names)

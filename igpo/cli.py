@@ -10,7 +10,7 @@ import importlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import config_io
@@ -27,7 +27,7 @@ AUTO = "auto"
 class Command:
     """`target` is "module:function", called with (cfg if tree) and (options if it has any). `words` is the option that
     takes the words of the command line which are no options, if not YAML files. `dry_run` is called instead of
-    `target` with --dry-run. `published`: it starts from its algorithm's preset."""
+    `target` with --dry-run, and takes opt.DryRunOptions too. `published`: it starts from its algorithm's preset."""
 
     summary: str
     target: str
@@ -108,6 +108,7 @@ def _call(command: Command, words: Sequence[str]) -> None:
     target = command.target
     if DRY_RUN in words and command.dry_run is not None:
         words, target = [word for word in words if word != DRY_RUN], command.dry_run
+        command = replace(command, options=opt.DryRunOptions)
     arguments = parse(command, words)
     module, _, function = target.partition(":")
     getattr(importlib.import_module(module), function)(*arguments)
@@ -240,7 +241,8 @@ def usage(name: str) -> str:
     if command.dry_run is not None:
         lines += [
             "",
-            f"{DRY_RUN}: memory, work, data, and two steps with a small model; nothing is kept.",
+            f"{DRY_RUN}: memory, work and time, data, and two steps with a small model; nothing is kept. "
+            "tflops=…: the rate that times are planned with, where none was measured.",
         ]
     if command.tree:
         spellings = ", ".join(f"{alias} = {key}" for alias, key in config_io.ALIASES.items())

@@ -1,6 +1,6 @@
 """`igpo train|sft … --dry-run`: what a run needs and sees, and two of its steps with a small model of random weights.
 
-The plan is computed from the shape of the model and the settings; nothing in it is measured, so it holds no times.
+The plan is computed from the shape of the model and the settings; times only where a rate was measured or given.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from . import dataset_report
+from . import dataset_report, time_plan, work_plan
 from . import sft as sft_program
 from . import train as train_program
 from .config import Config, ConfigError
@@ -23,8 +23,9 @@ from .logging import output, say
 from .models import MaskedDecoder, MaskedDecoderConfig
 from .models.families import family_of
 from .models.loading import CLASSES
-from .options import DataOptions
+from .options import DataOptions, DryRunOptions
 from .policy import build_policy, load_tokenizer, placement
+from .rl.algorithms import ALGORITHMS
 from .types import Metrics
 
 STEPS = 2
@@ -38,20 +39,23 @@ _SMALL = {
 }
 
 
-def train(cfg: Config) -> None:
+def train(cfg: Config, options: DryRunOptions) -> None:
     """`igpo train --dry-run`."""
-    _dry_run(cfg, train_program.run, is_sft=False)
+    _dry_run(cfg, options, train_program.run, is_sft=False)
 
 
-def sft(cfg: Config) -> None:
+def sft(cfg: Config, options: DryRunOptions) -> None:
     """`igpo sft --dry-run`."""
-    _dry_run(cfg, sft_program.run, is_sft=True)
+    _dry_run(cfg, options, sft_program.run, is_sft=True)
 
 
-def _dry_run(cfg: Config, program: Callable[[Config], Metrics], *, is_sft: bool) -> None:
+def _dry_run(
+    cfg: Config, options: DryRunOptions, program: Callable[[Config], Metrics], *, is_sft: bool
+) -> None:
+    time_plan.check_tflops(options.tflops)
     shape = model_shape(cfg)
     output.print(_titled("memory of the states, GiB", memory(cfg, shape, is_sft=is_sft), ".2f"))
-    output.print(_titled("work of a step", work(cfg, shape, is_sft=is_sft), ",.4g"))
+    work(cfg, shape, options.tflops, is_sft=is_sft)
     dataset_report.run(cfg, DataOptions())
     say(f"{STEPS} steps with a small model of random weights:")
     with tempfile.TemporaryDirectory(prefix="igpo-dry-run-") as folder:
@@ -88,15 +92,7 @@ def parameters(shape: MaskedDecoderConfig, cfg: Config) -> tuple[int, int]:
     everything = sum(p.numel() for p in model.parameters())
     if not cfg.lora.use_lora:
         return everything, everything
-    names = cfg.lora.lora_target_modules
-    head = model.get_output_embeddings()
-    linear = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-        if not names or name.rpartition(".")[2] in names or name in names
-    ]
-    adapters = sum(cfg.lora.lora_r * (m.in_features + m.out_features) for m in linear)
+    adapters = sum(x.numel() for x in work_plan.adapters(model, cfg))
     return everything + adapters, adapters
 
 
@@ -116,40 +112,42 @@ def memory(cfg: Config, shape: MaskedDecoderConfig, *, is_sft: bool) -> dict[str
     return {**gib, "together": sum(gib.values())}
 
 
-def work(cfg: Config, shape: MaskedDecoderConfig, *, is_sft: bool) -> dict[str, float]:
-    """Counts of a step. A forward is one sequence through the model; forward and backward count as three."""
-    everything, _ = parameters(shape, cfg)
-    length = cfg.data.max_prompt_length + cfg.rollout.max_completion_length
-    if is_sft:
-        if shape.block_length and cfg.sft.beside_clean:
-            length *= 2  # a noisy and a clean copy
-        counts = {
-            "sequences": cfg.sft.sft_batch_size,
-            "forwards of the update": 3 * cfg.sft.sft_batch_size,
-        }
-    else:
-        sequences = cfg.train.prompts_per_step * cfg.rl.num_generations
-        rollout = sequences * cfg.rollout.diffusion_steps
-        counts = {
-            "sequences": sequences,
-            "optimizer updates": cfg.rl.num_iterations,
-            "forwards of the rollout": rollout,
-            "more, if every group is rescued": rollout * cfg.rl.algorithm.startswith("igpo"),
-            # one draw an inner update: likelihoods with several draws multiply these
-            "forwards of the old and reference policy": sequences
-            * cfg.rl.num_iterations
-            * (1 + (cfg.rl.beta != 0)),
-            "forwards of the updates": 3 * sequences * cfg.rl.num_iterations,
-        }
-    forwards = sum(n for name, n in counts.items() if "forwards" in name)
-    dense = everything - shape.vocab_size * shape.hidden_size  # the embedding is a lookup
-    pflop = 2 * dense * length * forwards / 1e15
-    shown = {name: float(n) for name, n in counts.items() if n}
-    return {
-        **shown,
-        "tokens of a sequence, at most": float(length),
-        "PFLOP, without rescues": pflop,
-    }
+def work(
+    cfg: Config, shape: MaskedDecoderConfig, tflops: float | None, *, is_sft: bool
+) -> list[time_plan.Line]:
+    """Prints passes, FLOP and, with a rate, time of a step and of the run; returns the lines of the step."""
+    parts = work_plan.of_sft(cfg, shape) if is_sft else work_plan.of_training(cfg, shape)
+    device, dtype = placement(cfg.model)
+    rates = time_plan.rates_here(time_plan.measured(), device, dtype)
+    found = time_plan.lines(parts, work_plan.layers_of(shape, cfg), rates, tflops)
+    step = time_plan.totals(found)
+    whole = [replace(x, part=x.part.replace("a step", f"{cfg.train.max_steps:,} steps")) for x in step]  # fmt: skip
+    table = Table("work, at most", "passes", "PFLOP", "time")
+    for line in (*found, *step):
+        table.add_row(*_cells(line, 1))
+    for line in whole:
+        table.add_row(*_cells(line, cfg.train.max_steps))
+    output.print(table)
+    place = f"{time_plan.device_name(device)} in {str(dtype).removeprefix('torch.')}"
+    for sentence in time_plan.source(rates, tflops, place):
+        say(sentence)
+    say(
+        f"canvases of {work_plan.canvas_length(cfg)} tokens, none ending early; one device; a pass is one sequence "
+        "through the model, in updates forward and backward"
+    )
+    explorer = ALGORITHMS[cfg.rl.algorithm].explorer
+    if explorer in work_plan.UNPLANNED and not is_sft:
+        say(
+            f"not planned: the further rollouts of {cfg.rl.algorithm}, which depend on the first ones"
+        )
+    return [*found, *step]
+
+
+def _cells(line: time_plan.Line, steps: int) -> list[str]:
+    seconds = None if line.seconds is None else line.seconds * steps
+    return [
+        line.part, f"{line.forwards * steps:,.0f}", f"{line.flops * steps / 1e15:,.4g}", time_plan.duration(seconds),
+    ]  # fmt: skip
 
 
 def small(cfg: Config, folder: Path, block_length: int | None) -> Config:

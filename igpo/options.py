@@ -9,6 +9,11 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class DryRunOptions:
+    tflops: float | None = None  # rate of the model on the device, for times; None: a measured one
+
+
+@dataclass(frozen=True)
 class EvalOptions:
     # JSONL: every completion with its verdict; None: predictions.jsonl in output_dir
     predictions_file: str | None = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from igpo.ops import OPS, _native, use_backend
 
 from gpu import DEVICE, on_backend
 
+ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("IGPO_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 
@@ -33,6 +36,17 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no shared data at {SHARED}")
     return SHARED
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator:
+    """bench("compare") -> the module benchmarks/compare.py."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:  # their names are too common to stay
+        if str(ROOT / "benchmarks") in (getattr(sys.modules[name], "__file__", "") or ""):
+            del sys.modules[name]
 
 
 @pytest.fixture

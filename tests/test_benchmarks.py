@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,17 +14,6 @@ import torch
 from igpo.ops import OPS, BackendError
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator:
-    """bench("compare") -> the module benchmarks/compare.py."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:  # their names are too common to stay
-        if str(ROOT / "benchmarks") in (getattr(sys.modules[name], "__file__", "") or ""):
-            del sys.modules[name]
 
 
 def case(name: str, **medians: float) -> dict:
@@ -301,6 +288,10 @@ def test_targets_ask_for_cases_that_the_benchmarks_have(bench) -> None:
     there = {f"{op} {r} {v}" for op, every in variants.items() for v in every for r in rows}
     there |= {f"linear_masked_cross_entropy {h}" for h in heads}
     there |= {f"policy_loss {b}x{n} forward+backward" for b, n in shapes.canvases("quick")}
+    at = shapes.generations("quick", "cuda")[0]
+    there.add(f"rollout {at} T=1.2 block={at.block} steps={at.steps}")
+    for size in ("quick", "full"):
+        there |= {f"train_step {b} inner={b.inner} one mask" for b in shapes.training(size, "cuda")}
     assert asked <= there
 
 
@@ -319,6 +310,7 @@ def test_targets_are_computed_from_the_fastest_of_our_rows(bench) -> None:
 def test_the_page_lists_every_target(bench) -> None:
     targets = bench("targets")
     page = targets.PAGE.read_text()
-    for target in targets.targets():
+    for target in (*targets.targets(), *targets.cpu_targets()):
         assert f"| {target.what} |" in page, "run benchmarks/targets.py --write"
-    assert page.count(targets.BEGIN) == page.count(targets.END) == 1
+    marks = (targets.BEGIN, targets.END, targets.CPU_BEGIN, targets.CPU_END)
+    assert [page.count(mark) for mark in marks] == [1] * 4

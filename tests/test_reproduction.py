@@ -105,18 +105,23 @@ def test_dry_run_of_training(
     }
     (model / "config.json").write_text(json.dumps({"model_type": "igpo_decoder", **shape}))
     command = ["train", str(config), *made, f"model_name_or_path={model}", "--dry-run"]
-    command += ["block_length=8"] if "agrpo" in name else []  # which divides the short canvas
+    command += [  # a block that divides the short canvas
+        "tflops=0.5",
+        *(["block_length=8"] if "agrpo" in name else []),
+    ]
     assert main(command) == 0
     said = capsys.readouterr()
     assert "dry run: passed" in said.err
     for text in (
         "AdamW moments",
-        "forwards of the rollout",
+        "PFLOP",
+        "a step, every group rescued" if name == "llada-8b-igpo" else "a step",
         "problems",
         "inpaint/groups_all_wrong",
     ):
         assert text in said.out
     assert "0 + 3 =" in said.out
+    assert "times at the 0.5 TFLOP/s given" in said.err
     assert not (tmp_path / "never").exists()
 
 
@@ -138,7 +143,8 @@ def test_dry_run_of_sft(problems: Path, tmp_path: Path, capsys: pytest.CaptureFi
     config = ROOT / "configs" / "llada-8b-sft.yaml"
     assert main(["sft", str(config), *made, "use_lora=false", "--dry-run"]) == 0
     said = capsys.readouterr()
-    assert "forwards of the update" in said.out
+    assert "update" in said.out
+    assert "no rate was measured on" in said.err
     assert "dry run: passed" in said.err
     assert not (tmp_path / "never").exists()
 
@@ -156,9 +162,9 @@ def test_the_plan_counts_what_is_there(problems: Path) -> None:
     assert memory(cfg, shape, is_sft=True)["together"] < states["together"]
     adapters = Config(model=model, lora=LoraConfig(True, lora_r=2, lora_target_modules=("q_proj",)))
     assert parameters(shape, adapters)[1] == 4 * 2 * (128 + 128)
-    counts = work(cfg, shape, is_sft=False)
-    assert counts["forwards of the rollout"] == 64 * 8 * 128
-    assert counts["more, if every group is rescued"] == 64 * 8 * 128
+    found = {line.part: line for line in work(cfg, shape, 2.0, is_sft=False)}
+    assert found["rollout"].forwards == found["rescue"].forwards == 64 * 8 * 128
+    assert found["rollout"].seconds == found["rollout"].flops / 2e12
 
 
 def test_the_page_names_every_configuration() -> None:
