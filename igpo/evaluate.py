@@ -19,11 +19,12 @@ from .environment import git_commit, machine, versions
 from .logging import output, progress, say
 from .metrics import add
 from .options import EvalOptions
-from .policy import build_policy, load_tokenizer, require_model
+from .policy import build_policy, canvas_ids, load_tokenizer, require_model
 from .rewards import Grade, make_grader
+from .rewards.grader import completion_ids
 from .rollout import denoise
 from .scores import Completion, summary
-from .types import Graded, Metrics, Policy, Prompt, Rollouts, Seed
+from .types import Graded, Metrics, Policy, Prompt, Seed
 
 
 def evaluate(
@@ -35,7 +36,7 @@ def evaluate(
 
     Returns:
         accuracy, avg@n and pass@k with their intervals (`scores.summary`; pass@k is the unbiased estimate
-        1 - C(n-c, k) / C(n, k), arXiv:2107.03374, equation 1), reward, completion_length (tokens before EOS),
+        1 - C(n-c, k) / C(n, k), arXiv:2107.03374, equation 1), reward, completion_length (tokens before the end),
         num_problems, forwards (sequences times model calls), and the verifier's verify/timeouts and verify/failures.
     """
     return _evaluated(policy, tokenizer, prompts, grade, cfg)
@@ -60,8 +61,7 @@ def complete(
             some = prompts[start : start + size]
             canvas = masked_canvases(
                 some, num_generations=samples, completion_length=rollout.max_completion_length,
-                mask_id=tokenizer.mask_token_id, pad_id=tokenizer.pad_token_id, eos_id=tokenizer.eos_token_id,
-                device=policy.head_weight.device,
+                device=policy.head_weight.device, **canvas_ids(tokenizer),
             )  # fmt: skip
             graded = grade(denoise(policy, canvas, rollout, seed), some)
             right, done = right + int(graded.correct.sum()), done + len(graded.correct)
@@ -77,7 +77,7 @@ def _renumbered(graded: Graded, start: int) -> Graded:
 
 def _lines(graded: Graded, prompts: Sequence[Prompt]) -> Iterator[Completion]:
     groups = graded.rollouts.canvas.group_ids
-    lengths = completion_lengths(graded.rollouts)
+    lengths = [len(ids) for ids in completion_ids(graded.rollouts)]
     for b, group in enumerate(groups.tolist()):
         prompt = prompts[group]
         yield Completion(
@@ -86,13 +86,6 @@ def _lines(graded: Graded, prompts: Sequence[Prompt]) -> Iterator[Completion]:
             reward=float(graded.rewards[b]), num_tokens=lengths[b], num_steps=int(graded.rollouts.num_steps[b]),
             max_completion_length=graded.rollouts.completion.shape[1],
         )  # fmt: skip
-
-
-def completion_lengths(rollouts: Rollouts) -> list[int]:
-    """Tokens before the first EOS, of every row."""
-    eos = rollouts.canvas.eos_id
-    rows = rollouts.completion.tolist()
-    return [row.index(eos) if eos in row else len(row) for row in rows]
 
 
 def check(cfg: Config) -> None:
