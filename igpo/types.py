@@ -175,6 +175,8 @@ class Graded:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     metrics: Metrics = field(default_factory=dict)
     credit: Tensor | None = None
+    # what became of the verifier of each row where it gave up: timeout, memory, crash; None where it judged
+    failures: tuple[str | None, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,7 @@ class _Grader:
             completions=tuple(texts),
             parts={name: part.float().to(device) for name, part in parts.items()},
             metrics=metrics,
+            failures=tuple(None if v is None else v.failure for v in verdicts),
         )
 
     def _verdicts(
