@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -23,6 +23,7 @@ def masked_canvases(
     mask_id: int,
     pad_id: int,
     eos_id: int | None = None,
+    stop_token_ids: Iterable[int] = (),
     device: str | torch.device = "cpu",
 ) -> Canvas:
     """G fully masked canvases for each of P prompts; the row of completion g of prompt p is p*G + g.
@@ -35,12 +36,15 @@ def masked_canvases(
         prompts: P >= 1 of them, none empty.
         num_generations: G.   completion_length: L, tokens to generate.
         mask_id, pad_id, eos_id: token ids; pad_id may be eos_id, never mask_id.
+        stop_token_ids: tokens that end a completion as eos_id does (Canvas.ends); never mask_id.
         device: of the result.
     Raises:
         ValueError: a count that is not positive, no prompt, or a prompt that is empty, holds mask_id, or has a row_id
             outside [0, 2^43).
     """
-    _check(prompts, num_generations, completion_length, mask_id, pad_id, eos_id)
+    stops = frozenset(stop_token_ids)
+    special = [("pad_id", pad_id), ("eos_id", eos_id), *(("stop_token_ids", s) for s in stops)]
+    _check(prompts, num_generations, completion_length, mask_id, special)
     length = max(len(prompt.ids) for prompt in prompts)
     rows = torch.full((len(prompts), length + completion_length), mask_id, dtype=torch.int64)
     real = torch.ones_like(rows, dtype=torch.bool)
@@ -62,6 +66,7 @@ def masked_canvases(
         prompt_length=length,
         mask_id=mask_id,
         eos_id=eos_id,
+        stop_token_ids=stops,
     )
 
 
@@ -90,8 +95,7 @@ def _check(
     num_generations: int,
     completion_length: int,
     mask_id: int,
-    pad_id: int,
-    eos_id: int | None,
+    special: Sequence[tuple[str, int | None]],
 ) -> None:
     op = "masked_canvases"
     if not prompts:
@@ -100,7 +104,7 @@ def _check(
         raise ValueError(f"{op}: num_generations must be in [1, 2^20], got {num_generations}.")
     if completion_length < 1:
         raise ValueError(f"{op}: completion_length must be positive, got {completion_length}.")
-    for name, token in (("pad_id", pad_id), ("eos_id", eos_id)):
+    for name, token in special:
         if token == mask_id:
             raise ValueError(
                 f"{op}: {name} must differ from mask_id, got {token} for both. Give [MASK] an id of its own."

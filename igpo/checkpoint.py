@@ -159,7 +159,7 @@ def digest(cfg: DataConfig) -> str | None:
     if cfg.train_file is None:
         return None
     _, source = parse(cfg.train_file, cfg)
-    if not source.is_file:
+    if source.is_url or not source.is_file:
         return hashlib.blake2b(str(source).encode()).hexdigest()[:32]
     with open(source.place, "rb") as stream:
         return hashlib.file_digest(stream, "blake2b").hexdigest()[:32]

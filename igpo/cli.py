@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import config_io
@@ -27,7 +27,9 @@ AUTO = "auto"
 class Command:
     """`target` is "module:function", called with (cfg if tree) and (options if it has any). `words` is the option that
     takes the words of the command line which are no options, if not YAML files. `dry_run` is called instead of
-    `target` with --dry-run, and takes opt.DryRunOptions too. `published`: it starts from its algorithm's preset."""
+    `target` with --dry-run, and takes opt.DryRunOptions too. `published`: it starts from its algorithm's preset.
+    `implied`, called with the options, gives keys they set: over the files', under the command line's. `aliases` are
+    the command's own spellings of keys."""
 
     summary: str
     target: str
@@ -36,6 +38,8 @@ class Command:
     words: str | None = None
     dry_run: str | None = None
     published: bool = False
+    implied: str | None = None
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ COMMANDS = {
         "reinforcement learning: IGPO, GRPO and kin", "igpo.train:run", dry_run="igpo.dry_run:train", published=True
     ),
     "sft": Command("masked supervised fine-tuning", "igpo.sft:run", dry_run="igpo.dry_run:sft"),
-    "eval": Command("accuracy on a file of problems", "igpo.evaluate:run", options=opt.EvalOptions),
+    "eval": Command("accuracy on a task or a file of problems", "igpo.evaluate:run", options=opt.EvalOptions,
+        implied="igpo.evaluation_tasks:settings", aliases={"length": "eval_lengths"}),
     "generate": Command("completions of prompts", "igpo.generate:run", options=opt.GenerateOptions),
     "report": Command("one page that compares runs", "igpo.report:run", False, opt.ReportOptions, "runs"),
     "data": Command("sizes, lengths and overlap of the data", "igpo.dataset_report:run", options=opt.DataOptions),
@@ -110,8 +115,12 @@ def _call(command: Command, words: Sequence[str]) -> None:
         words, target = [word for word in words if word != DRY_RUN], command.dry_run
         command = replace(command, options=opt.DryRunOptions)
     arguments = parse(command, words)
+    _function(target)(*arguments)
+
+
+def _function(target: str) -> Callable[..., Any]:
     module, _, function = target.partition(":")
-    getattr(importlib.import_module(module), function)(*arguments)
+    return getattr(importlib.import_module(module), function)
 
 
 def parse(command: Command, words: Sequence[str]) -> list[Any]:
@@ -125,12 +134,15 @@ def parse(command: Command, words: Sequence[str]) -> list[Any]:
             f"command line: {files[0]!r} must be key=value; this command takes no file."
         )
     arguments: list[Any] = []
+    options = [_filled(command.options, given)] if command.options else []
+    if command.implied is not None:
+        given = [*_function(command.implied)(*options), *given]
     if command.tree:
         cfg, said = _tree(command, files, given)
         config_io.validate(cfg)
         sys.stderr.write(said)
         arguments.append(cfg)
-    return [*arguments, *([_filled(command.options, given)] if command.options else [])]
+    return [*arguments, *options]
 
 
 def _tree(
@@ -192,7 +204,7 @@ def _sort(command: Command, words: Sequence[str]) -> tuple[list[str], list[tuple
         if not option and not equals:
             files.append(word)
             continue
-        name = config_io.resolve(key, known, "command line")
+        name = config_io.resolve(command.aliases.get(key, key), known, "command line")
         if not equals:
             value = "true" if known[name].kind is bool else next(left, None)
         if value is None:
@@ -245,7 +257,8 @@ def usage(name: str) -> str:
             "tflops=…: the rate that times are planned with, where none was measured.",
         ]
     if command.tree:
-        spellings = ", ".join(f"{alias} = {key}" for alias, key in config_io.ALIASES.items())
+        aliases = {**config_io.ALIASES, **command.aliases}
+        spellings = ", ".join(f"{alias} = {key}" for alias, key in aliases.items())
         lines += ["", f"Also understood: {spellings}."]
     return "\n".join(lines)
 

@@ -32,6 +32,7 @@ ALIASES = {
     "unmasking": "remasking",
     "max_new_tokens": "max_completion_length",
     "gen_length": "max_completion_length",
+    "model": "model_name_or_path",
     "min_chunk_size": "chunk_min",
     "max_chunk_size": "chunk_max",
 }
@@ -116,7 +117,7 @@ def validate(cfg: Config, need: Sequence[str] = ()) -> None:
     for key in (*need, *(("eval_file",) if t.eval_steps else ())):
         file = getattr(cfg.data, key)
         _require(file is not None, key, "name a JSONL file", file)
-        is_place = file.endswith((".jsonl", ".json", ".csv", ".parquet"))
+        is_place = file.endswith((".jsonl", ".json", ".csv", ".parquet")) and "://" not in file
         place = Path(file) if Path(file).exists() else Path(file.partition("=")[2])
         _require(not is_place or place.is_file(), key, "name a file that exists", file)
 
@@ -204,7 +205,9 @@ def resolve(key: str, known: Mapping[str, Leaf], where: str) -> str:
     key = key.replace("-", "_")
     head, _, last = key.rpartition(".")
     key = f"{head}.{ALIASES.get(last, last)}".lstrip(".")
-    found = [name for name in known if name == key or name.endswith(f".{key}")]
+    if key in known:
+        return key
+    found = [name for name in known if name.endswith(f".{key}")]
     if len(found) == 1:
         return found[0]
     if last in ELSEWHERE:

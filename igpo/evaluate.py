@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from rich.table import Table
 
-from .canvas import masked_canvases
+from .canvas import GENERATIONS_PER_PROMPT, masked_canvases
 from .config import Config, ConfigError
 from .config_io import validate
 from .data import load_prompts
-from .environment import git_commit, machine, versions
+from .lines import replace_whole
 from .logging import output, progress, say
-from .metrics import add
 from .options import EvalOptions
-from .policy import build_policy, load_tokenizer, require_model
+from .policy import build_policy, canvas_ids, load_tokenizer, require_model
+from .protocol import at_length, identity, lengths_of, protocol
 from .rewards import Grade, make_grader
+from .rewards.grader import completion_ids
 from .rollout import denoise
 from .scores import Completion, summary
-from .types import Graded, Metrics, Policy, Prompt, Rollouts, Seed
+from .shards import Key, Predictions, Shard
+from .types import Graded, Metrics, Policy, Prompt, Seed, take
+
+Unit = tuple[int, int]  # index of a prompt, sample
 
 
 def evaluate(
@@ -35,64 +40,67 @@ def evaluate(
 
     Returns:
         accuracy, avg@n and pass@k with their intervals (`scores.summary`; pass@k is the unbiased estimate
-        1 - C(n-c, k) / C(n, k), arXiv:2107.03374, equation 1), reward, completion_length (tokens before EOS),
-        num_problems, forwards (sequences times model calls), and the verifier's verify/timeouts and verify/failures.
+        1 - C(n-c, k) / C(n, k), arXiv:2107.03374, equation 1), reward, completion_length (tokens before the end),
+        num_steps, num_problems, the verifier's verify/timeouts and verify/failures, and forwards (sequences times
+        model calls).
     """
-    return _evaluated(policy, tokenizer, prompts, grade, cfg)
-
-
-def _count(totals: dict[str, float], graded: Graded) -> None:
-    add(totals, {"forwards": float(graded.rollouts.num_forwards), **graded.metrics})
+    lines, forwards = [], 0.0
+    for graded in complete(policy, tokenizer, prompts, grade, cfg):
+        lines += _lines(graded, prompts)
+        forwards += graded.rollouts.num_forwards
+    return {**summary(lines, Seed(cfg.train.seed)), "forwards": forwards}
 
 
 def complete(
-    policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], grade: Grade, cfg: Config
-) -> Iterator[Graded]:
-    """The graded completions, batch after batch; group_ids count over all prompts."""
+    policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], grade: Grade, cfg: Config,
+    todo: Sequence[Unit] | None = None, description: str = "eval",
+) -> Iterator[Graded]:  # fmt: skip
+    """The graded completions of todo (None: all), batch after batch; group_ids count over all prompts."""
     samples, batch_size = cfg.evaluation.num_eval_generations, cfg.evaluation.eval_batch_size
     rollout = replace(
         cfg.rollout, temperature=cfg.evaluation.eval_temperature, rollout_batch_size=batch_size
     )
-    seed, size = Seed(cfg.train.seed).named("evaluation"), max(1, batch_size // samples)
-    right = done = 0
-    with progress(len(prompts), "eval") as advance:
-        for start in range(0, len(prompts), size):
-            some = prompts[start : start + size]
+    if todo is None:
+        todo = [(index, sample) for index in range(len(prompts)) for sample in range(samples)]
+    seed, right = Seed(cfg.train.seed).named("evaluation"), 0
+    with progress(len(todo), description) as advance:
+        for start in range(0, len(todo), batch_size):
+            units = todo[start : start + batch_size]
+            indices = list(dict.fromkeys(index for index, _ in units))
+            some = [prompts[index] for index in indices]
             canvas = masked_canvases(
                 some, num_generations=samples, completion_length=rollout.max_completion_length,
-                mask_id=tokenizer.mask_token_id, pad_id=tokenizer.pad_token_id, eos_id=tokenizer.eos_token_id,
-                device=policy.head_weight.device,
+                device=policy.head_weight.device, **canvas_ids(tokenizer),
             )  # fmt: skip
+            rows = [indices.index(index) * samples + sample for index, sample in units]
+            canvas = take(canvas, torch.tensor(rows, device=canvas.tokens.device))
             graded = grade(denoise(policy, canvas, rollout, seed), some)
-            right, done = right + int(graded.correct.sum()), done + len(graded.correct)
-            advance(len(some), accuracy=right / done)
-            yield _renumbered(graded, start)
+            right += int(graded.correct.sum())
+            advance(len(units), accuracy=right / (start + len(units)))
+            yield _renumbered(graded, indices)
 
 
-def _renumbered(graded: Graded, start: int) -> Graded:
+def _renumbered(graded: Graded, indices: Sequence[int]) -> Graded:
     canvas = graded.rollouts.canvas
-    canvas = replace(canvas, group_ids=canvas.group_ids + start)
+    groups = torch.tensor(indices, device=canvas.tokens.device)[canvas.group_ids]
+    canvas = replace(canvas, group_ids=groups)
     return replace(graded, rollouts=replace(graded.rollouts, canvas=canvas))
 
 
 def _lines(graded: Graded, prompts: Sequence[Prompt]) -> Iterator[Completion]:
-    groups = graded.rollouts.canvas.group_ids
-    lengths = completion_lengths(graded.rollouts)
-    for b, group in enumerate(groups.tolist()):
+    canvas = graded.rollouts.canvas
+    ids = completion_ids(graded.rollouts)
+    for b, (group, row) in enumerate(
+        zip(canvas.group_ids.tolist(), canvas.row_ids.tolist(), strict=True)
+    ):
         prompt = prompts[group]
         yield Completion(
-            row=prompt.row_id, sample=int((groups[:b] == group).sum()), prompt=prompt.text,
+            row=prompt.row_id, sample=row % GENERATIONS_PER_PROMPT, prompt=prompt.text,
             completion=graded.completions[b], answer=prompt.answer, correct=bool(graded.correct[b]),
-            reward=float(graded.rewards[b]), num_tokens=lengths[b], num_steps=int(graded.rollouts.num_steps[b]),
-            max_completion_length=graded.rollouts.completion.shape[1],
+            reward=float(graded.rewards[b]), num_tokens=len(ids[b]), num_steps=int(graded.rollouts.num_steps[b]),
+            max_completion_length=canvas.completion.shape[1],
+            failure=None if graded.failures is None else graded.failures[b],
         )  # fmt: skip
-
-
-def completion_lengths(rollouts: Rollouts) -> list[int]:
-    """Tokens before the first EOS, of every row."""
-    eos = rollouts.canvas.eos_id
-    rows = rollouts.completion.tolist()
-    return [row.index(eos) if eos in row else len(row) for row in rows]
 
 
 def check(cfg: Config) -> None:
@@ -111,98 +119,84 @@ def check(cfg: Config) -> None:
 
 
 def run(cfg: Config, options: EvalOptions) -> Metrics:
-    """`igpo eval`: prints a table with a column per length of eval_lengths, writes evaluation.json (numbers and
-    protocol) and predictions.jsonl (every completion) into output_dir. Returns the numbers of the last length."""
+    """`igpo eval`: completes what is not done yet of its share of the problems, at every length of eval_lengths.
+
+    Every completion goes into predictions.jsonl (of several processes: into a file of each) as soon as it is there. The
+    process that finds all of them done prints a table with a column per length and writes evaluation.json (numbers and
+    protocol) into output_dir.
+
+    Returns:
+        The numbers of the last length; none while other processes have something to do.
+    Raises:
+        ConfigError: settings that cannot be meant, or predictions of another protocol in the way.
+    """
     validate(cfg, need=("eval_file",))
     check(cfg)
     settings = [at_length(cfg, length) for length in lengths_of(cfg)]
     require_model(cfg, "eval")
+    shard = Shard.of(options)
+    cfg = _placed(cfg)
     if cfg.train.num_threads:
         torch.set_num_threads(cfg.train.num_threads)
     tokenizer = load_tokenizer(cfg.model)
     prompts = load_prompts(cfg.data.eval_file, cfg.data, tokenizer, limit=cfg.evaluation.eval_limit)
-    grade, policy = make_grader(tokenizer, cfg.reward), build_policy(cfg, tokenizer)
     folder = Path(cfg.train.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     file = Path(options.predictions_file or folder / "predictions.jsonl")
-    for place in (folder, file.parent):
-        place.mkdir(parents=True, exist_ok=True)
-    found: dict[int, Metrics] = {}
-    with file.open("w", encoding="utf-8") as stream:
-        for setting in settings:
-            numbers = _evaluated(policy, tokenizer, prompts, grade, setting, stream)
-            found[setting.rollout.max_completion_length] = numbers
+    order = [key for setting in settings for key in _keys(setting, prompts)]
+    with Predictions(file, shard, identity(cfg, tokenizer, prompts)) as predictions:
+        _complete(cfg, tokenizer, prompts, predictions, shard)
+        lines = predictions.merge(order)
+    if not lines:
+        say(f"eval: {predictions.file.path} is complete; other processes are not done")
+        return {}
+    seed = Seed(cfg.train.seed)
+    found: dict[int, Metrics] = {
+        length: summary([x for x in lines if x.max_completion_length == length], seed)
+        for length in lengths_of(cfg)
+    }
     _report(cfg, found, protocol(cfg, tokenizer, prompts), file)
     return list(found.values())[-1]
 
 
-def _evaluated(
-    policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], grade: Grade, cfg: Config,
-    stream: TextIO | None = None,
-) -> Metrics:  # fmt: skip
-    """Writes every completion into the stream as soon as it is there."""
-    lines, totals = [], {"forwards": 0.0}
-    for graded in complete(policy, tokenizer, prompts, grade, cfg):
-        found = list(_lines(graded, prompts))
-        lines += found
-        _count(totals, graded)
-        if stream is not None:
-            stream.writelines(json.dumps(asdict(line)) + "\n" for line in found)
-            stream.flush()
-    return {**summary(lines, Seed(cfg.train.seed)), **totals}
+def _placed(cfg: Config) -> Config:
+    """torchrun's processes take a GPU each."""
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is None or cfg.model.device != "auto" or not torch.cuda.is_available():
+        return cfg
+    torch.cuda.set_device(int(rank))
+    return replace(cfg, model=replace(cfg.model, device=f"cuda:{rank}"))
 
 
-def lengths_of(cfg: Config) -> tuple[int, ...]:
-    return cfg.evaluation.eval_lengths or (cfg.rollout.max_completion_length,)
+def _keys(cfg: Config, prompts: Sequence[Prompt]) -> Iterator[Key]:
+    for prompt in prompts:
+        for sample in range(cfg.evaluation.num_eval_generations):
+            yield cfg.rollout.max_completion_length, prompt.row_id, sample
 
 
-def at_length(cfg: Config, length: int) -> Config:
-    """The configuration with another canvas, and as many tokens per denoise step as before. Raises ConfigError."""
-    rollout = cfg.rollout
-    steps, rest = divmod(length * rollout.diffusion_steps, rollout.max_completion_length)
-    if length < 1 or length % rollout.block_length or rest or not steps:
-        raise ConfigError(
-            f"eval_lengths must be multiples of block_length={rollout.block_length} that keep "
-            f"{rollout.max_completion_length}/{rollout.diffusion_steps} tokens per step, got {length}."
-        )
-    return replace(
-        cfg, rollout=replace(rollout, max_completion_length=length, diffusion_steps=steps)
-    )
-
-
-VERIFICATION = {
-    "answer": "answer after the last ####, else the last \\boxed{}, else the last number; numbers are exact",
-}
-
-
-def protocol(cfg: Config, tokenizer: Any, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """What a reader must know to get the same number again."""
-    task = cfg.reward.task
-    return {
-        "model_name_or_path": cfg.model.model_name_or_path,
-        "dtype": cfg.model.dtype,
-        "eval_file": cfg.data.eval_file,
-        "eval_limit": cfg.evaluation.eval_limit,
-        "num_problems": len(prompts),
-        "prompt_template": cfg.data.prompt_template,
-        "response_prefix": cfg.data.response_prefix,
-        "first_prompt": tokenizer.decode(prompts[0].ids),
-        "max_completion_length": list(lengths_of(cfg)),
-        "block_length": cfg.rollout.block_length,
-        "diffusion_steps": [at_length(cfg, n).rollout.diffusion_steps for n in lengths_of(cfg)],
-        "remasking": cfg.rollout.remasking,
-        "suppress_tokens": list(cfg.rollout.suppress_tokens),
-        "early_stop": cfg.rollout.early_stop,
-        "temperature": cfg.evaluation.eval_temperature,
-        "num_eval_generations": cfg.evaluation.num_eval_generations,
-        "seed": cfg.train.seed,
-        "padding": "left, masked: the batch size changes no completion",
-        "task": task,
-        "compat": cfg.reward.compat,
-        "verification": VERIFICATION.get(task, f"task {task} of igpo.rewards.verify (docs/rewards.md)"),
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "machine": machine(),
+def _complete(
+    cfg: Config, tokenizer: Any, prompts: Sequence[Prompt], predictions: Predictions, shard: Shard
+) -> None:
+    """Adds this process's completions that are missing. Without any the model is not loaded."""
+    samples = range(cfg.evaluation.num_eval_generations)
+    mine = range(shard.index, len(prompts), shard.count)
+    todo = {
+        length: [
+            (i, s) for i in mine for s in samples
+            if (length, prompts[i].row_id, s) not in predictions.done
+        ]
+        for length in lengths_of(cfg)
     }  # fmt: skip
+    total, left = len(todo) * len(mine) * len(samples), sum(map(len, todo.values()))
+    if left < total:
+        say(f"eval: {total - left} of {total} completions are done already")
+    if not left:
+        return
+    grade, policy = make_grader(tokenizer, cfg.reward), build_policy(cfg, tokenizer)
+    for length, units in todo.items():
+        setting, name = at_length(cfg, length), f"eval, {length} tokens"
+        for graded in complete(policy, tokenizer, prompts, grade, setting, units, name):
+            predictions.add(_lines(graded, prompts))
 
 
 def _report(
@@ -220,7 +214,7 @@ def _report(
         "protocol": facts,
         "predictions": str(predictions),
     }
-    path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    replace_whole(path, json.dumps(record, indent=1).encode())
     say(f"written: {path}, {predictions}")
 
 

@@ -18,7 +18,7 @@ from .config_io import validate
 from .data import load_prompts, prompt_ids
 from .logging import output, progress, say
 from .options import GenerateOptions
-from .policy import build_policy, load_tokenizer, require_model
+from .policy import build_policy, canvas_ids, load_tokenizer, require_model
 from .replay import Trace, write_page
 from .rewards.grader import completion_texts
 from .rollout import denoise
@@ -51,8 +51,7 @@ def run(cfg: Config, options: GenerateOptions) -> list[str]:
             some = prompts[start : start + size]
             canvas = masked_canvases(
                 some, num_generations=options.num_samples, completion_length=cfg.rollout.max_completion_length,
-                mask_id=tokenizer.mask_token_id, pad_id=tokenizer.pad_token_id, eos_id=tokenizer.eos_token_id,
-                device=policy.device,
+                device=policy.device, **canvas_ids(tokenizer),
             )  # fmt: skip
             trace = Trace(canvas, some[0].text, cfg.rollout.diffusion_steps)
             with shown_steps(trace, tokenizer, options) as on_step:

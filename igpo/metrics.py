@@ -34,17 +34,16 @@ def of_rewards(graded: Graded) -> Metrics:
 
 
 def of_rollouts(rollouts: Rollouts) -> Metrics:
-    """completions/*: lengths up to and including the first EOS; entropy of the draws in nats; rollout/nfe_mean.
+    """completions/*: lengths up to and including the token that ends them; entropy of the draws in nats;
+    rollout/nfe_mean.
 
-    completions/clipped_ratio is the fraction without an EOS; the terminated lengths are of the others, absent when
-    there are none.
+    completions/clipped_ratio is the fraction without such a token; the terminated lengths are of the others, absent
+    when there are none.
     """
-    completion, eos = rollouts.completion, rollouts.canvas.eos_id
-    is_eos = (
-        completion == eos if eos is not None else torch.zeros_like(completion, dtype=torch.bool)
-    )
-    ended = is_eos.any(1)
-    first = is_eos.byte().argmax(1) + 1
+    completion = rollouts.completion
+    is_end = rollouts.canvas.is_end(completion)
+    ended = is_end.any(1)
+    first = is_end.byte().argmax(1) + 1
     lengths = torch.where(ended, first, completion.shape[1]).double()
     drawn = (rollouts.step_map != GIVEN) & (rollouts.step_map < rollouts.num_steps[:, None])
     metrics = {

@@ -15,8 +15,12 @@ class DryRunOptions:
 
 @dataclass(frozen=True)
 class EvalOptions:
+    # a published evaluation set with its protocol: gsm8k, math500, amc23, countdown, sudoku (docs/evaluation.md)
+    task: str | None = None
     # JSONL: every completion with its verdict; None: predictions.jsonl in output_dir
     predictions_file: str | None = None
+    num_shards: int | None = None  # processes that share the problems; None: torchrun's, else 1
+    shard_index: int | None = None  # of this process, from 0; None: its rank
 
 
 @dataclass(frozen=True)

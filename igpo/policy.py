@@ -45,6 +45,16 @@ def load_tokenizer(cfg: ModelConfig) -> Any:
     return tokenizer
 
 
+def canvas_ids(tokenizer: Any) -> dict[str, Any]:
+    """What masked_canvases asks of a tokenizer."""
+    return {
+        "mask_id": tokenizer.mask_token_id,
+        "pad_id": tokenizer.pad_token_id,
+        "eos_id": tokenizer.eos_token_id,
+        "stop_token_ids": models.stop_token_ids(tokenizer),
+    }
+
+
 def require_model(cfg: Config, command: str) -> None:
     """Raises ConfigError unless there is a trained model to ask."""
     if cfg.model.model_name_or_path is None:

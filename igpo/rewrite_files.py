@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from .config import Config, ConfigError
 from .data import Problem
+from .lines import LineFile, as_lines, replace_whole
 from .options import RewriteOptions
 
 _PER = 1e6  # prices are for a million tokens
@@ -38,38 +38,21 @@ class Journal:
     """
 
     def __init__(self, output: Path, settings: str) -> None:
-        self.path = output.with_suffix(".journal.jsonl")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.results: dict[int, Result] = {}
-        whole = self._read(settings)
-        self.stream = self.path.open("r+b" if self.path.exists() else "w+b")
-        self.stream.truncate(whole)
-        self.stream.seek(whole)
-        if not whole:
-            self._append({"settings": settings})
-
-    def _read(self, settings: str) -> int:
-        """Bytes of the whole lines."""
-        if not self.path.exists():
-            return 0
-        data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        lines = [json.loads(line) for line in data[:whole].splitlines()]
-        if lines and lines[0].get("settings") != settings:
+        self.file = LineFile(output.with_suffix(".journal.jsonl"))
+        lines = self.file.records
+        if not lines:
+            self.file.append([{"settings": settings}])
+        elif lines[0].get("settings") != settings:
+            self.file.close()
             raise ConfigError(
-                f"rewrite: {self.path} belongs to a run with other settings. Delete it, or choose another output_file."
+                f"rewrite: {self.file.path} belongs to a run with other settings. Delete it, or choose another "
+                "output_file."
             )
         self.results = {line["row"]: Result(**line) for line in lines[1:]}
-        return whole
 
     def add(self, result: Result) -> None:
         self.results[result.row] = result
-        self._append(asdict(result))
-
-    def _append(self, record: dict[str, Any]) -> None:
-        self.stream.write(json.dumps(record).encode() + b"\n")
-        self.stream.flush()
-        os.fsync(self.stream.fileno())
+        self.file.append([asdict(result)])
 
     def shown(self, options: RewriteOptions) -> dict[str, float]:
         """Numbers beside the progress bar."""
@@ -82,7 +65,7 @@ class Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stream.close()
+        self.file.close()
 
 
 def cost(results: Any, options: RewriteOptions) -> float:
@@ -103,9 +86,9 @@ def write_results(
     by_row = {p.row.row_id: p for p in found}
     results = [journal.results[row] for row in sorted(journal.results) if row in by_row]
     accepted = [r for r in results if r.reason is None]
-    _write_lines(output, [_accepted(by_row[r.row], r, cfg) for r in accepted])
+    replace_whole(output, as_lines([_accepted(by_row[r.row], r, cfg) for r in accepted]))
     rejects = [_rejected(by_row[r.row], r) for r in results if r.reason is not None]
-    _write_lines(output.with_suffix(".rejects.jsonl"), rejects)
+    replace_whole(output.with_suffix(".rejects.jsonl"), as_lines(rejects))
     numbers = _numbers(results, options)
     reasons = dict(Counter(_kind(r) for r in results))
     summary = {"numbers": numbers, "reasons": reasons, "options": asdict(options)}
@@ -153,13 +136,6 @@ def _numbers(results: Sequence[Result], options: RewriteOptions) -> dict[str, fl
             numbers[f"mean_tokens_{name}"] = sum(lengths) / len(lengths)
             numbers[f"max_tokens_{name}"] = float(max(lengths))
     return numbers
-
-
-def _write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """All or nothing: a reader never sees half a file."""
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    part.replace(path)
 
 
 def _plot(results: Sequence[Result], budget: int, path: Path) -> None:

@@ -30,10 +30,12 @@ class Completion:
     num_tokens: int  # before the first EOS
     num_steps: int
     max_completion_length: int = 0  # of the canvas
+    failure: str | None = None  # of the verifier: timeout, memory, crash
 
 
 def summary(lines: Sequence[Completion], seed: Seed | None = None) -> dict[str, float]:
-    """Accuracy, pass@k and avg@k with their intervals, reward and lengths, of the completions of an evaluation.
+    """Accuracy, pass@k and avg@k with their intervals, reward, lengths, denoise steps and failures of the verifier
+    (verify/timeouts among verify/failures), of the completions of an evaluation.
 
     accuracy is the mean over problems of the fraction of correct completions, with Wilson's 95 % interval for the
     number of problems (completions of a problem are not independent). With several completions a problem also avg@n,
@@ -59,7 +61,10 @@ def summary(lines: Sequence[Completion], seed: Seed | None = None) -> dict[str, 
         **numbers,
         "reward": sum(line.reward for line in lines) / len(lines),
         "completion_length": sum(line.num_tokens for line in lines) / len(lines),
+        "num_steps": sum(line.num_steps for line in lines) / len(lines),
         "num_problems": float(len(rates)),
+        "verify/timeouts": float(sum(line.failure == "timeout" for line in lines)),
+        "verify/failures": float(sum(line.failure is not None for line in lines)),
     }
 
 

@@ -24,7 +24,7 @@ from .data import batches, load_prompts
 from .evaluate import check, evaluate
 from .logging import RunLog, completions_table, console, progress, run_log, say_start
 from .optim import TrainingError, Updater
-from .policy import Reference, as_scored, build_policy, load_tokenizer, reference_of
+from .policy import Reference, as_scored, build_policy, canvas_ids, load_tokenizer, reference_of
 from .ranks import process_group, ranks
 from .rewards import make_grader
 from .rewards.shared import over_processes
@@ -194,10 +194,8 @@ def _canvas_options(run: Run) -> dict[str, Any]:
     return {
         "num_generations": cfg.rl.num_generations,
         "completion_length": cfg.rollout.max_completion_length,
-        "mask_id": tokenizer.mask_token_id,
-        "pad_id": tokenizer.pad_token_id,
-        "eos_id": tokenizer.eos_token_id,
         "device": run.policy.device,
+        **canvas_ids(tokenizer),
     }
 
 

@@ -94,11 +94,23 @@ class Canvas:
     eos_id: int | None = (
         None  # the token that ends a completion, and fills what an early stop leaves
     )
+    stop_token_ids: frozenset[int] = frozenset()  # others that end one: the end of a chat turn
 
     @property
     def completion(self) -> Tensor:
         """(B, L) the completion columns."""
         return self.tokens[:, self.prompt_length :]
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """All tokens that end a completion: its text, length and reward are of what comes before the first."""
+        return self.stop_token_ids | ({self.eos_id} if self.eos_id is not None else set())
+
+    def is_end(self, tokens: Tensor) -> Tensor:
+        """Of the shape of tokens, bool: one of `ends`."""
+        return torch.isin(
+            tokens, torch.tensor(sorted(self.ends), dtype=torch.int64, device=tokens.device)
+        )
 
 
 @dataclass(frozen=True)
@@ -163,6 +175,8 @@ class Graded:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     metrics: Metrics = field(default_factory=dict)
     credit: Tensor | None = None
+    # what became of the verifier of each row where it gave up: timeout, memory, crash; None where it judged
+    failures: tuple[str | None, ...] | None = None
 
 
 @dataclass(frozen=True)

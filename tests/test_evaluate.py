@@ -138,7 +138,7 @@ def test_lengths_are_evaluated_side_by_side(
     file = trained().data.train_file
     config = tmp_path / "eval.yaml"
     config.write_text(dump(trained(f"output_dir={tmp_path / 'out'}")), encoding="utf-8")
-    words = ["eval", str(config), f"eval_file={file}", "eval_limit=3", "task=gsm8k"]
+    words = ["eval", str(config), f"eval_file={file}", "eval_limit=3", "reward.task=gsm8k"]
     assert main([*words, "eval_lengths=4,8"]) == 0
     out = tmp_path / "out"
     record = json.loads((out / "evaluation.json").read_text())
@@ -152,7 +152,7 @@ def test_lengths_are_evaluated_side_by_side(
     assert [(x["max_completion_length"], x["row"]) for x in lines] == [
         (n, r) for n in (4, 8) for r in range(3)
     ]
-    assert record["lengths"]["4"]["verify/completions"] == 3
+    assert record["lengths"]["4"]["verify/failures"] == 0
     assert "4 tokens" in capsys.readouterr().out
     assert main([*words, "eval_lengths=6"]) == 2
     assert (

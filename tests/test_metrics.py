@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,6 +65,14 @@ def test_lengths_count_up_to_and_including_the_first_eos() -> None:
         "mean_terminated_length": pytest.approx(8 / 3), "min_terminated_length": 1.0, "max_terminated_length": 4.0,
     }  # fmt: skip
     assert found["completions/clipped_ratio"] == 0.25
+
+
+def test_lengths_count_up_to_the_end_of_a_turn() -> None:
+    found = rollouts(COMPLETIONS)
+    found = replace(found, canvas=replace(found.canvas, stop_token_ids=frozenset({3})))
+    lengths = metrics.of_rollouts(found)
+    assert lengths["completions/mean_length"] == (3 + 3 + 3 + 1) / 4
+    assert lengths["completions/clipped_ratio"] == 0
 
 
 @pytest.mark.parametrize("eos", [None, 77])

@@ -110,16 +110,19 @@ def test_only_the_current_block_is_computed(policy: MaskedDecoder) -> None:
     assert rollouts.num_forwards == 12
 
 
+@pytest.mark.parametrize("ends_turn", [False, True])
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_a_row_stops_after_the_block_of_its_first_eos(
-    policy: MaskedDecoder, use_cache: bool
+def test_a_row_stops_after_the_block_that_ends_it(
+    policy: MaskedDecoder, use_cache: bool, ends_turn: bool
 ) -> None:
     canvas = canvases((6, 8), 1)
     cfg = replace(CFG, use_cache=use_cache)
     full = denoise(policy, canvas, cfg, Seed(0))
-    eos = int(full.completion[0, 1])  # what the policy says at the second place is called EOS
-    assert eos not in full.completion[1].tolist()
-    stopped = denoise(policy, replace(canvas, eos_id=eos), replace(cfg, early_stop=True), Seed(0))
+    stop = int(full.completion[0, 1])  # what the policy says at the second place is called EOS
+    assert stop not in full.completion[1].tolist()
+    other = {"stop_token_ids": frozenset({stop})} if ends_turn else {"eos_id": stop}
+    eos = EOS if ends_turn else stop
+    stopped = denoise(policy, replace(canvas, **other), replace(cfg, early_stop=True), Seed(0))
     assert torch.equal(
         stopped.completion[0, :2], full.completion[0, :2]
     )  # 6 + 2 tokens: two blocks

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
+_SECONDS = 60  # to wait for a server; chosen
 FILES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -21,13 +23,17 @@ class DataError(ValueError):
 class Source:
     """Where rows come from.
 
-    place: a file, a folder of data files, or a hub id ("owner/name").   configs: of a hub dataset, read one after the
-    other; () for its only one.   split: of a folder or hub dataset, also a slice ("train[:100]").
+    place: a file, its URL, a folder of data files, or a hub id ("owner/name").   configs: of a hub dataset, read one
+    after the other; () for its only one.   split: of a folder or hub dataset, also a slice ("train[:100]").
     """
 
     place: str
     configs: tuple[str, ...] = ()
     split: str = "train"
+
+    @property
+    def is_url(self) -> bool:
+        return self.place.startswith(("https://", "http://"))
 
     @property
     def is_file(self) -> bool:
@@ -97,16 +103,16 @@ def rows(source: Source, *, limit: int | None = None, streaming: bool = False) -
         DataError: it is not there or not readable, a line is no JSON object, or `datasets` is needed and missing.
     """
     if source.place.endswith(".csv"):
-        found = _csv_rows(Path(source.place))
+        found = _csv_rows(source.place)
     elif source.is_file and not source.place.endswith(".parquet"):
-        found = _json_lines(Path(source.place))
+        found = _json_lines(source.place)
     else:
         found = enumerate(_dataset_rows(source, streaming), 1)
     for number, record in islice(found, limit):
         yield Row(str(source), number, record)
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line, object) of the lines that are not blank."""
     for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
@@ -122,7 +128,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, record
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Values stay text: a Sudoku of digits keeps its zeros."""
     reader = csv.DictReader(_text(path).splitlines())
     for record in reader:
@@ -133,11 +139,15 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield reader.line_num, record
 
 
-def _text(path: Path) -> str:
+def _text(path: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        if not Source(path).is_url:
+            return Path(path).read_text(encoding="utf-8")
+        with urllib.request.urlopen(path, timeout=_SECONDS) as answer:
+            return answer.read().decode("utf-8")
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}.") from error
+        reason = getattr(error, "reason", None) or error.strerror  # of a URL, of a file
+        raise DataError(f"{path}: {reason}.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: must be UTF-8 text, byte {error.start} is not.") from error
 

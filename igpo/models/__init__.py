@@ -4,7 +4,7 @@ from .corruption import Absorbing, Corruption, Uniform
 from .decoder import DecoderOutput, MaskedDecoder
 from .decoder_config import MaskedDecoderConfig
 from .loading import load_model
-from .tokenizers import load_tokenizer
+from .tokenizers import load_tokenizer, stop_token_ids
 
 __all__ = [
     "Absorbing",
@@ -15,4 +15,5 @@ __all__ = [
     "Uniform",
     "load_model",
     "load_tokenizer",
+    "stop_token_ids",
 ]

@@ -19,8 +19,8 @@ Values = Mapping[str, Any]
 class Family:
     """native: config.json -> arguments of MaskedDecoderConfig. ids: special tokens of the published vocabulary, taken
     where the config does not say. block_length: of attention, where the config does not say; None is full attention.
-    tokenizer: "fast" files name their own class; "qwen2" files name one in Python that would have to be run, and
-    Qwen2's gives the same ids.
+    turn_end: the token the chat template ends a turn with. tokenizer: "fast" files name their own class; "qwen2"
+    files name one in Python that would have to be run, and Qwen2's gives the same ids.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Family:
     native: Callable[[Values], dict[str, Any]]
     names: TensorNames
     ids: Mapping[str, int]
+    turn_end: str
     tokenizer: str
     block_length: int | None = None
 
@@ -161,16 +162,17 @@ _LLADA_IDS = {"mask_token_id": 126336, "eos_token_id": 126081, "pad_token_id": 1
 _DREAM_IDS = {"mask_token_id": 151666, "eos_token_id": 151643, "pad_token_id": 151643}
 _SDAR_IDS = {"mask_token_id": 151669, "eos_token_id": 151643, "pad_token_id": 151643}
 _LING_IDS = {"mask_token_id": 156895, "eos_token_id": 156892, "pad_token_id": 156892}
+_IM_END = "<|im_end|>"
 
 FAMILIES = (
-    Family("LLaDA", "llada", "LLaDAModelLM", _llada, LLADA, _LLADA_IDS, "fast"),
-    Family("LLaDA-MoE", "llada", "LLaDAMoEModelLM", _llada_moe, LLAMA, _LING_IDS, "fast"),
-    Family("MMaDA", "mmada", "MMadaModelLM", _llada, LLADA, _LLADA_IDS, "fast"),
-    Family("Dream", "Dream", "DreamModel", _dream, LLAMA, _DREAM_IDS, "qwen2"),
-    Family("DreamReasoner", "Dream", "DreamForCausalLM", _qwen3, LLAMA, _SDAR_IDS, "qwen2", 32),
-    Family("SDAR", "sdar", "SDARForCausalLM", _qwen3, LLAMA, _SDAR_IDS, "qwen2", 4),
-    Family("SDAR-MoE", "sdar_moe", "SDARMoeForCausalLM", _qwen3_moe, LLAMA, _SDAR_IDS, "qwen2", 4),
-    Family("LLaDA2", "llada2_moe", "LLaDA2MoeModelLM", _llada2, LLADA2, _LING_IDS, "fast", 32),
+    Family("LLaDA", "llada", "LLaDAModelLM", _llada, LLADA, _LLADA_IDS, "<|eot_id|>", "fast"),
+    Family("LLaDA-MoE", "llada", "LLaDAMoEModelLM", _llada_moe, LLAMA, _LING_IDS, "<|role_end|>", "fast"),
+    Family("MMaDA", "mmada", "MMadaModelLM", _llada, LLADA, _LLADA_IDS, "<|eot_id|>", "fast"),
+    Family("Dream", "Dream", "DreamModel", _dream, LLAMA, _DREAM_IDS, _IM_END, "qwen2"),
+    Family("DreamReasoner", "Dream", "DreamForCausalLM", _qwen3, LLAMA, _SDAR_IDS, _IM_END, "qwen2", 32),
+    Family("SDAR", "sdar", "SDARForCausalLM", _qwen3, LLAMA, _SDAR_IDS, _IM_END, "qwen2", 4),
+    Family("SDAR-MoE", "sdar_moe", "SDARMoeForCausalLM", _qwen3_moe, LLAMA, _SDAR_IDS, _IM_END, "qwen2", 4),
+    Family("LLaDA2", "llada2_moe", "LLaDA2MoeModelLM", _llada2, LLADA2, _LING_IDS, "<|role_end|>", "fast", 32),
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoTokenizer
 
 from .decoder_config import MaskedDecoderConfig
-from .families import Family, family_of
+from .families import FAMILIES, Family, family_of
 from .hub import folder_of
 
 
@@ -42,6 +42,16 @@ def load_tokenizer(path_or_id: str | Path, model: str | Path | None = None, **hu
     for name, id_ in _special(family, values).items():
         _set(tokenizer, name, id_, str(folder))
     return tokenizer
+
+
+def stop_token_ids(tokenizer: Any) -> frozenset[int]:
+    """The ids that end a completion: EOS, and what the tokenizer's chat template ends a turn with, if that is the
+    turn_end of a public family. Without a chat template prompts are no turns, and it is EOS alone."""
+    template = str(tokenizer.chat_template or "")
+    added = tokenizer.added_tokens_encoder
+    names = {family.turn_end for family in FAMILIES}
+    ids = {added[name] for name in names if name in template and name in added}
+    return frozenset(ids | {tokenizer.eos_token_id})
 
 
 def _described(folder: Path) -> tuple[Family, dict[str, Any]] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from .names import Table
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+_SAMPLES, _SAMPLE_BYTES = 64, 2**16  # of a file's fingerprint; chosen: 4 MiB, all of a small file
 _NAMED = 8  # names an error lists of each kind
 
 
@@ -46,6 +48,21 @@ def headers(folder: Path) -> dict[str, Header]:
                 part = file.get_slice(key)
                 found[key] = Header(folder / name, tuple(part.get_shape()), part.get_dtype())
     return found
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells checkpoints apart in a moment: a digest of what describes them, and of samples of every weight file."""
+    found = hashlib.blake2b(digest_size=8)
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        found.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            for sample in range(_SAMPLES):
+                stream.seek(size * sample // _SAMPLES)
+                found.update(stream.read(_SAMPLE_BYTES))
+    for file in sorted(folder.glob("*config.json")):
+        found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 def saved_dtype(found: Mapping[str, Header], folder: Path) -> torch.dtype:

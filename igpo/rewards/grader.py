@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def make_grader(tokenizer: Any, cfg: RewardConfig, *, verifier: Verifier | None 
     """A function that decodes completions, verifies them and adds up their rewards.
 
     Args:
-        tokenizer: decodes a completion: its tokens before the first EOS, without special tokens.
+        tokenizer: decodes a completion: its tokens before the first that ends it (Canvas.ends), without special ones.
         cfg: reward_funcs are "correctness" (1 where the verifier accepts), "score" (the verdict's), names of
             igpo.rewards.REWARDS, or "module:function" in TRL's form `(prompts, completions, **columns) ->
             list[float | None]`; async functions are awaited together. They get every dataset column as a list, and
@@ -105,6 +106,7 @@ class _Grader:
             completions=tuple(texts),
             parts={name: part.float().to(device) for name, part in parts.items()},
             metrics=metrics,
+            failures=tuple(None if v is None else v.failure for v in verdicts),
         )
 
     def _verdicts(
@@ -167,14 +169,13 @@ def _judge(
 
 
 def completion_ids(rollouts: Rollouts) -> list[list[int]]:
-    """The tokens of each completion before its first EOS."""
-    eos = rollouts.canvas.eos_id
-    rows = rollouts.completion.tolist()
-    return [ids[: ids.index(eos)] if eos in ids else ids for ids in rows]
+    """The tokens of each completion before the first that ends it (Canvas.ends)."""
+    ends = rollouts.canvas.ends
+    return [list(takewhile(lambda i: i not in ends, row)) for row in rollouts.completion.tolist()]
 
 
 def completion_texts(rollouts: Rollouts, tokenizer: Any) -> list[str]:
-    """Each completion up to its first EOS, decoded without special tokens."""
+    """Each completion before its end, decoded without special tokens."""
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in completion_ids(rollouts)]
 
 

@@ -54,9 +54,10 @@ def denoise(
 
     A block-causal policy (policy.block_length is a number) is denoised in its own blocks: they count from the first
     token of the prompt, whose last tokens so share the first block, and cfg.block_length must be theirs. Each gets the
-    steps of a block, and a row stops after the block that holds its first EOS, for later blocks change nothing before
-    them. With cfg.use_cache keys and values of finished blocks are kept and only the current block is computed, which
-    is exact (SDAR, arXiv:2510.06303); a row that enters takes the place of one that left.
+    steps of a block, and a row stops after the block that holds the first token that ends it (Canvas.ends), for later
+    blocks change nothing before them. With cfg.use_cache keys and values of finished blocks are kept and only the
+    current block is computed, which is exact (SDAR, arXiv:2510.06303); a row that enters takes the place of one that
+    left.
 
     A row's tokens depend on (seed, its canvas, its row id) alone, not on the other rows or on rollout_batch_size, as
     far as the policy's own arithmetic does not. Within `igpo.ranks.process_group` the processes share the rows out; all

@@ -22,16 +22,16 @@ class Blocks:
         size, self.length = canvas.completion.shape
         device = canvas.tokens.device
         self.width, self.causal, self.prompt_length = width, causal, canvas.prompt_length
-        self.mask_id, self.eos_id = canvas.mask_id, canvas.eos_id if early_stop else None
+        self.mask_id, self.canvas = canvas.mask_id, canvas
+        self.early_stop = early_stop and canvas.eos_id is not None
         self.prompts = canvas.attention_mask[:, : canvas.prompt_length].sum(1)
         self.offset = self.prompts % width if causal else torch.zeros_like(self.prompts)
         most = self.length // width + causal
         block = (torch.arange(self.length, device=device) + self.offset[:, None]) // width
         number = (self.offset + self.length - 1) // width + 1
-        eos_id = -1 if self.eos_id is None else self.eos_id
         counts = [
             torch.zeros(size, most, dtype=torch.int64, device=device).scatter_add_(1, block, x.long())
-            for x in (canvas.completion == canvas.mask_id, canvas.completion == eos_id)
+            for x in (canvas.completion == canvas.mask_id, self._stops(canvas.completion))
         ]  # fmt: skip
         # one wait for the device
         found = torch.cat((number[:, None], (self.prompts - self.offset)[:, None], *counts), 1)
@@ -65,8 +65,14 @@ class Blocks:
         inside = self.tokens(tokens, rows, found)
         left = (exist & (inside == self.mask_id)).sum(1)
         ended = torch.zeros_like(left)
-        if self.eos_id is not None:
-            is_eos = inside == self.eos_id
-            ended = ((exist & is_eos).any(1) if self.causal else is_eos.all(1)).long()
+        if self.early_stop:
+            stops = self._stops(inside)
+            ended = ((exist & stops).any(1) if self.causal else stops.all(1)).long()
         left, ended = torch.stack((left, ended)).tolist()
         return left, ended
+
+    def _stops(self, tokens: Tensor) -> Tensor:
+        """Which tokens stop a row: of a block-causal policy one that ends a completion, else EOS in all of a block."""
+        if not self.early_stop:
+            return torch.zeros_like(tokens, dtype=torch.bool)
+        return self.canvas.is_end(tokens) if self.causal else tokens == self.canvas.eos_id

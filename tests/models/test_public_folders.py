@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from igpo import evaluate, train
 from igpo.config import Config, ConfigError
-from igpo.models import load_model, load_tokenizer
+from igpo.models import load_model, load_tokenizer, stop_token_ids
+from igpo.models.families import FAMILIES
 from igpo.models.storage import table_of
 from igpo.ops._head import head_logits
 from igpo.options import EvalOptions
@@ -49,6 +50,19 @@ def test_special_tokens_are_complete(folder: Path) -> None:
     assert tokenizer.eos_token_id == tokenizer.pad_token_id == config.eos_token_id
     assert tokenizer.decode(tokenizer("12 + 3 = 15")["input_ids"]) == "12 + 3 = 15"
     assert len(tokenizer) < config.vocab_size == ROWS
+
+
+def test_a_completion_ends_with_the_turn_of_the_chat_template(folder: Path) -> None:
+    end = "<|eot_id|>" if folder.name == "llada" else "<|im_end|>"
+    tokenizer = load_tokenizer(folder)
+    ids = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(end)}
+    tokenizer.chat_template = (
+        tokenizer.chat_template or "{{ messages[0]['content'] }}<|im_end|>\n<|im_start|>assistant"
+    )
+    assert stop_token_ids(tokenizer) == ids
+    assert {f.turn_end for f in FAMILIES if f.model_type.lower() == folder.name} >= {end}
+    tokenizer.chat_template = None
+    assert stop_token_ids(tokenizer) == {tokenizer.eos_token_id}
 
 
 def test_the_chat_template_of_the_files_is_used(tmp_path: Path) -> None:

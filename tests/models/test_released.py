@@ -267,3 +267,4 @@ def test_the_documentation_lists_every_family_and_its_ids() -> None:
         assert f"| {family.model_type} / {family.architecture} |" in text
         for token in family.ids.values():
             assert str(token) in text, token
+        assert family.turn_end.replace("|", "\\|") in text

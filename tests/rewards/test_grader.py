@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,6 +64,13 @@ def test_grades_completions_up_to_the_first_eos() -> None:
     assert graded.rewards.dtype == torch.float32
     assert graded.rescued.tolist() == [False] * 4
     assert graded.parts["correctness"].tolist() == [1.0, 0.0, 1.0, 0.0]
+
+
+def test_grades_completions_up_to_the_end_of_the_turn() -> None:
+    found = rollouts("4a", "a4", "b", "b")
+    (stop,) = TOKENIZER("a")["input_ids"]
+    found = replace(found, canvas=replace(found.canvas, stop_token_ids=frozenset({stop})))
+    assert grader("correctness")(found, PROMPTS).completions == ("4", "", "b", "b")
 
 
 def test_format_is_about_form_only() -> None:
