@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -127,7 +128,8 @@ def parse(command: Command, words: Sequence[str]) -> list[Any]:
     if command.tree:
         cfg, said = _tree(command, files, given)
         config_io.validate(cfg)
-        sys.stderr.write(said)
+        if os.environ.get("RANK", "0") == "0":  # torchrun's: one of the processes says it
+            sys.stderr.write(said)
         arguments.append(cfg)
     return [*arguments, *([_filled(command.options, given)] if command.options else [])]
 
