@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -140,7 +141,8 @@ def parse(command: Command, words: Sequence[str]) -> list[Any]:
     if command.tree:
         cfg, said = _tree(command, files, given)
         config_io.validate(cfg)
-        sys.stderr.write(said)
+        if os.environ.get("RANK", "0") == "0":  # torchrun's: one of the processes says it
+            sys.stderr.write(said)
         arguments.append(cfg)
     return [*arguments, *options]
 

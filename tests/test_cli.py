@@ -116,7 +116,7 @@ def test_every_algorithm_has_a_preset_or_is_a_baseline() -> None:
 
 
 def test_a_preset_can_be_left_out_and_another_command_has_none(
-    program, capsys: pytest.CaptureFixture[str]
+    program, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     got: list[Config] = []
     for name in ("igpo.train", "igpo.sft"):
@@ -133,6 +133,9 @@ def test_a_preset_can_be_left_out_and_another_command_has_none(
     assert got[3].rl.algorithm == "espo"
     assert main(["train", "algorithm=raft"]) == 0
     assert capsys.readouterr().err.splitlines()[-1].startswith("algorithm raft has no preset")
+    monkeypatch.setenv("RANK", "1")  # of several processes the first says it
+    assert main(["train"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_a_complete_configuration_is_not_changed(program, tmp_path: Path) -> None:
