@@ -92,7 +92,7 @@ def measure(model: MaskedDecoder, problems: list[Prompt], changes: dict) -> list
         equal = rollouts.completion == exact.completion
         lines.append({
             "cache": kind,
-            "accuracy": float(arm.grader()(rollouts, problems).correct.float().mean()),
+            "accuracy": float(arm.grader(recipe.CHAIN)(rollouts, problems).correct.float().mean()),
             "same tokens": float(equal.float().mean()),
             "same sequences": float(equal.all(1).float().mean()),
             "mean |dlogp|": float(off.abs().mean()),
@@ -110,15 +110,11 @@ def trained(layers: int) -> MaskedDecoder:
     """The demo's warm start, of another depth."""
     if layers == 2:
         return warm_start.shipped()
-    shallow = recipe.decoder
-
-    def deep(seed: Seed) -> MaskedDecoder:
-        config = shallow(seed).config
-        config.num_hidden_layers = layers
-        return MaskedDecoder.from_seed(config, seed)
-
-    warm_start.decoder = deep
-    return warm_start.train()
+    seed = Seed(recipe.WARM_SEED)
+    config = recipe.decoder(seed).config
+    config.num_hidden_layers = layers
+    model = MaskedDecoder.from_seed(config, seed)
+    return warm_start.fit(model, recipe.CHAIN, recipe.warm_start_config())
 
 
 COLUMNS = {
@@ -144,7 +140,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--problems", type=int, default=2048)
+    parser.add_argument("--problems", type=int, default=512)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     model = trained(options.layers)
