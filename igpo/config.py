@@ -86,6 +86,8 @@ class RolloutConfig:
     record_support: bool = False  # keep these tokens' ids for every commit, to score over them
     early_stop: bool = True  # stop a sequence once a block of it is all EOS
     use_cache: bool = True  # block-causal models keep keys and values of finished blocks; exact
+    # full attention: prefix or dual keep those of what is outside the current block (Fast-dLLM); approximate
+    approximate_cache: str = "none"
     rollout_batch_size: int = 64  # sequences denoised at once; does not change anyone's tokens
     cuda_graphs: str = "auto"  # forwards replayed from graphs (docs/sampling.md); or on, off
 
@@ -168,6 +170,7 @@ class AlgorithmConfig:
     kl_to: str = "reference"  # objective=clip_draws: or old (TraceRL)
     # grpo: sequence-mean; bnpo: token-mean; dr_grpo: constant L; budget: constant (C3PO); released: the released code
     loss_type: str = "grpo"
+    approximate_rollouts: bool = False  # whether rollouts of an approximate_cache may be trained on
     mask_after_eos: bool = (
         False  # True: score up to and including the first EOS (d1); False: the whole canvas (IGPO)
     )

@@ -143,6 +143,7 @@ def build_algorithm(
     checks.fit(cfg, estimator, objective, made.advantage, made.explorer)
     checks.replayed(cfg, rollout, estimator)
     checks.fits_budget(cfg, rollout)
+    checks.sampled(cfg, rollout)
     return Algorithm(
         explorer=EXPLORERS[made.explorer](cfg, rollout, grade, pad_id),
         advantage=OWN_ADVANTAGES[made.advantage](cfg) if made.advantage else ADVANTAGES[cfg.scale_rewards],

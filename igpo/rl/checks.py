@@ -116,6 +116,15 @@ def scored_over_support(cfg: AlgorithmConfig, rollout: RolloutConfig, estimator:
     return True
 
 
+def sampled(cfg: AlgorithmConfig, rollout: RolloutConfig) -> None:
+    """Rollouts are of the policy that is trained, unless somebody said otherwise."""
+    require(
+        cfg.approximate_rollouts or rollout.approximate_cache == "none", "approximate_cache",
+        "be 'none': its rollouts are of another policy than the one that is trained", rollout.approximate_cache,
+        "Set approximate_cache=none. Set approximate_rollouts=true to train on them all the same.",
+    )  # fmt: skip
+
+
 def budget(cfg: AlgorithmConfig, rollout: RolloutConfig) -> None:
     """C3PO is its aggregation."""
     require(

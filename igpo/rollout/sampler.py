@@ -17,6 +17,7 @@ from igpo.types import Canvas, Policy, Rollouts, Seed
 
 from .block_cache import BlockCache
 from .blocks import Blocks
+from .canvas_cache import CanvasCache, check_cache
 from .filters import check_filters, filtered, is_filtered
 from .flight import InFlight, Part, working
 from .graphs import fixed_shapes
@@ -67,6 +68,9 @@ class Sampler:
         if use_cache:
             counted = self.rule.counted
             return BlockCache(policy, canvas, self.blocks, tokens, counted=counted, fix=fix)
+        if cfg.approximate_cache != "none":
+            dual = cfg.approximate_cache == "dual"
+            return CanvasCache(policy, canvas, self.blocks, tokens, dual=dual)
         batch, guidance = cfg.rollout_batch_size, cfg.cfg_scale > 0
         return WholeCanvas(policy, canvas, tokens, guidance=guidance, batch=batch, fix=fix)
 
@@ -284,6 +288,7 @@ def _check(policy: Policy, canvas: Canvas, cfg: RolloutConfig) -> None:
     vocabulary = policy.head_weight.shape[0]
     check_filters(cfg)
     check_guidance(policy, cfg)
+    check_cache(policy, cfg)
     for name in ("suppress_tokens", "defer_tokens"):
         if any(not 0 <= token < vocabulary for token in getattr(cfg, name)):
             raise ValueError(
