@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from igpo.demo.recipe import decoder
 from igpo.demo.warm_start import fit
 from igpo.models import MaskedDecoder
-from igpo.ops import linear_masked_cross_entropy
-from igpo.sft import Examples, sft_loss
+from igpo.sft import sft_loss
 from igpo.types import Seed
 
 from .recipe import SHAPES, changed, short, warm_config
@@ -34,24 +32,10 @@ def start(task: str, block_causal: bool, folder: Path) -> MaskedDecoder:
         return model.eval()
     pool = SHAPES[task].warm_pool
     problems = Pool(TASKS[task], pool) if pool else TASKS[task]
-    fit(model, problems, cfg, block_loss if block_causal else sft_loss)
+    fit(model, problems, cfg, partial(sft_loss, beside_clean=block_causal))
     folder.mkdir(parents=True, exist_ok=True)
     save_file({key: x.detach().contiguous() for key, x in model.state_dict().items()}, path)
     return model
-
-
-def block_loss(model: MaskedDecoder, examples: Examples) -> Tensor:
-    """As sft_loss, each block behind the clean blocks before it, as in a rollout (arXiv:2503.09573)."""
-    canvas, masked = examples.canvas, examples.masked
-    prompt = canvas.tokens[:, : canvas.prompt_length]
-    clean = torch.cat((prompt, examples.targets), 1)
-    hidden = model.hidden_of_blocks(
-        canvas.tokens, clean, canvas.attention_mask, canvas.position_ids
-    )
-    return linear_masked_cross_entropy(
-        hidden[:, canvas.prompt_length :][masked], model.head_weight, examples.targets[masked],
-        weights=examples.weight[:, None].expand_as(masked)[masked],
-    )  # fmt: skip
 
 
 def fingerprint(model: MaskedDecoder) -> str:
