@@ -31,6 +31,7 @@ def over_processes(grade: Grade) -> Grade:
                 mine.rewards.cpu(),
                 mine.correct.cpu(),
                 mine.completions,
+                mine.failures,
                 parts,
                 mine.metrics,
             )
@@ -40,14 +41,17 @@ def over_processes(grade: Grade) -> Grade:
 
 
 def _joined(rollouts: Rollouts, answers: Sequence[tuple]) -> Graded:
-    rows, rewards, correct, texts, parts, metrics = zip(*answers, strict=True)
+    rows, rewards, correct, texts, failures, parts, metrics = zip(*answers, strict=True)
     order = torch.cat(rows).argsort()
     device = rollouts.tokens.device
 
     def whole(pieces: Sequence[Tensor]) -> Tensor:
         return torch.cat(tuple(pieces))[order].to(device)
 
-    every = [text for some in texts for text in some]
+    def in_order(pieces: Sequence[tuple]) -> tuple:
+        every = [value for some in pieces for value in some]
+        return tuple(every[row] for row in order.tolist())
+
     total: dict[str, float] = {}
     for some in metrics:
         for name, value in some.items():
@@ -57,7 +61,8 @@ def _joined(rollouts: Rollouts, answers: Sequence[tuple]) -> Graded:
         rewards=whole(rewards),
         correct=whole(correct),
         rescued=torch.zeros(len(order), dtype=torch.bool, device=device),
-        completions=tuple(every[row] for row in order.tolist()),
+        completions=in_order(texts),
+        failures=None if None in failures else in_order(failures),
         parts={name: whole([some[name] for some in parts]) for name in parts[0]},
         metrics=total,
     )
