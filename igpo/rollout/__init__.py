@@ -57,7 +57,8 @@ def denoise(
     steps of a block, and a row stops after the block that holds the first token that ends it (Canvas.ends), for later
     blocks change nothing before them. With cfg.use_cache keys and values of finished blocks are kept and only the
     current block is computed, which is exact (SDAR, arXiv:2510.06303); a row that enters takes the place of one that
-    left.
+    left. With full attention, cfg.approximate_cache does the like for what is outside the block, as an
+    approximation.
 
     A row's tokens depend on (seed, its canvas, its row id) alone, not on the other rows or on rollout_batch_size, as
     far as the policy's own arithmetic does not. Within `igpo.ranks.process_group` the processes share the rows out; all
