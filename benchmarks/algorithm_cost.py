@@ -4,7 +4,8 @@
 
 Each preset at its own canvas (LONGEST tokens at most), steps, draws and inner updates, on a decoder so small that a CPU
 does it in a minute; completions are random and rollouts are not counted. Memory is the peak of torch's CPU allocator
-over one inner update (gradients and activations, not weights), with constant_memory on and off.
+over one inner update (gradients and activations, not weights), with constant_memory on and off. A critic's forwards are
+counted apart.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from torch.profiler import ProfilerActivity, profile
 from igpo.canvas import masked_canvases
 from igpo.config import Config
 from igpo.models import MaskedDecoder, MaskedDecoderConfig
+from igpo.models.critic import CriticModel
 from igpo.rl.algorithms import ALGORITHMS, Algorithm, build_algorithm
+from igpo.rl.critique import Critique, fit
 from igpo.rl.gradient import accumulate
 from igpo.rl.presets import PRESETS
 from igpo.rollout import pseudo_order, steps_per_block
@@ -35,6 +38,7 @@ from igpo.types import Graded, PolicyBatch, Predictions, Prompt, Rollouts, Seed
 ROWS, WORDS, SEED = 4, 512, Seed(0).at(1)
 LONGEST = 512  # round: longer completions change no count
 MASK, EOS, PAD = WORDS - 1, WORDS - 2, WORDS - 3
+PROMPT = Prompt("", tuple(range(16)), row_id=0, trace_ids=tuple(range(LONGEST // 4)))
 
 
 def decoder(block_length: int | None) -> MaskedDecoder:
@@ -60,7 +64,7 @@ def random_rollouts(cfg: Config, explorer: str) -> Graded:
     """Completions of random words, committed left to right, with what the explorer of the algorithm would add."""
     length = cfg.rollout.max_completion_length
     canvas = masked_canvases(
-        [Prompt("", tuple(range(16)), row_id=0)], num_generations=ROWS, completion_length=length,
+        [PROMPT], num_generations=ROWS, completion_length=length,
         mask_id=MASK, pad_id=PAD, eos_id=EOS,
     )  # fmt: skip
     rng = torch.Generator().manual_seed(0)
@@ -116,6 +120,7 @@ def measure(name: str) -> dict[str, object]:
     updates = cfg.rl.num_iterations
     costs = {"old": policy.plain / ROWS / updates, "reference": frozen.plain / ROWS / updates}
     policy.plain = policy.with_graph = 0
+    critic = with_critic(algorithm.critique, policy, graded, batch) if algorithm.critique else {}
     for inner in range(updates):
         update(algorithm, policy, batch, graded, advantages, inner)
     costs |= {
@@ -130,7 +135,35 @@ def measure(name: str) -> dict[str, object]:
         work()
         peaks["draw by draw" if constant else "one graph"] = round(peak_mib(work), 2)
     draws = len(batch.draws[0])
-    return {"name": name, "draws": draws, "inner updates": updates, **costs, "peak MiB": peaks}
+    return {
+        "name": name,
+        "draws": draws,
+        "inner updates": updates,
+        **costs,
+        **critic,
+        "peak MiB": peaks,
+    }
+
+
+def with_critic(
+    critique: Critique, policy: Counting, graded: Graded, batch: PolicyBatch
+) -> dict[str, float]:
+    """Forwards of the critic for each rolled-out sequence, and of the policy on traces, which it is not to count."""
+    network = CriticModel(decoder(None))
+    counts = {False: 0, True: 0}
+
+    def counting(tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None):
+        counts[torch.is_grad_enabled()] += len(tokens)
+        return network(tokens, attention_mask, position_ids)
+
+    _, lessons, _ = critique.judge(counting, policy, [PROMPT], graded, batch, graded.rewards, SEED)
+    traces, policy.plain = policy.plain, 0
+    for lesson in lessons:
+        for _ in fit(counting, critique, lesson, torch.arange(len(lesson.tokens)), ROWS):
+            pass
+    return {
+        "critic": counts[False] / ROWS, "critic, train": counts[True] / ROWS, "old, of traces": traces / ROWS
+    }  # fmt: skip
 
 
 def update(
@@ -151,6 +184,11 @@ def table(lines: list[dict]) -> str:
         counts = " | ".join(f"{x[key]:g}" for key in ("old", "reference", "first pass", "train"))
         peaks = " | ".join(f"{x['peak MiB'][key]:.1f}" for key in ("draw by draw", "one graph"))
         out.append(f"| `{x['name']}` | {x['draws']} | {x['inner updates']} | {counts} | {peaks} |")
+    for x in lines:
+        if "critic" in x:
+            names = ("critic", "critic, train", "old, of traces")
+            counts = ", ".join(f"{key}: {x[key]:g}" for key in names)
+            out.append(f"{x['name']}, forwards per sequence: {counts}")
     return "\n".join(out)
 
 

@@ -3,6 +3,7 @@
     checkpoint-<step>/   model (or adapter) and tokenizer as save_pretrained writes them, config.yaml
         optimizer.pt     moments and float32 masters, tensors and numbers only; of several processes each writes its
                          share, optimizer-1.pt, …, and any number of them can go on from it
+        critic.pt        of an algorithm that has one: its trained weights; critic_optimizer.pt, … as optimizer.pt
         state.json       step, counters, configuration, data digest, versions
 
 Randomness needs no state: every stream is a function of (seed, step, row).
@@ -22,6 +23,7 @@ import torch
 
 from . import config_io, environment
 from .config import Config, ConfigError, DataConfig
+from .critic import Critic
 from .data.recipes import parse
 from .models import load_model
 from .optim import Updater
@@ -50,7 +52,9 @@ class State:
     counters: Mapping[str, float] = field(default_factory=dict)
 
 
-def save(policy: Any, tokenizer: Any, updater: Updater, cfg: Config, state: State) -> Path:
+def save(
+    policy: Any, tokenizer: Any, updater: Updater, cfg: Config, state: State, critic: Critic | None = None
+) -> Path:  # fmt: skip
     """Writes output_dir/checkpoint-<step>, then removes the oldest beyond save_total_limit.
 
     The folder gets its name when it is complete: a run killed while writing leaves the checkpoints before it.
@@ -64,8 +68,12 @@ def save(policy: Any, tokenizer: Any, updater: Updater, cfg: Config, state: Stat
         draft.mkdir(parents=True)
     here.wait()
     torch.save(updater.state_dict(), draft / _share("optimizer", here.rank))
+    if critic is not None:
+        torch.save(critic.updater.state_dict(), draft / _share("critic_optimizer", here.rank))
     if here.first:
         _write_shared(draft, policy, tokenizer, cfg, state)
+        if critic is not None:
+            torch.save(critic.weights(), draft / "critic.pt")
     here.wait()
     if here.first:
         draft.rename(folder)
@@ -124,8 +132,10 @@ def find(cfg: Config) -> Path | None:
     return Path(asked)
 
 
-def restore(folder: Path, policy: Any, updater: Updater, cfg: Config) -> State:
-    """Puts weights and optimizer back as they were; returns where the run stood.
+def restore(
+    folder: Path, policy: Any, updater: Updater, cfg: Config, critic: Critic | None = None
+) -> State:
+    """Puts weights and optimizers back as they were; returns where the run stood.
 
     Raises:
         ConfigError: the configuration or the data differ from the checkpoint's in what the continuation depends on.
@@ -141,6 +151,10 @@ def restore(folder: Path, policy: Any, updater: Updater, cfg: Config) -> State:
         saved = load_model(folder, dtype=policy.dtype, device=policy.device)
         policy.load_state_dict(saved.state_dict())
     updater.load_state_dict(_together(folder, "optimizer"))
+    if critic is not None:
+        weights = torch.load(folder / "critic.pt", map_location="cpu", weights_only=True)
+        critic.load_weights(weights)
+        critic.updater.load_state_dict(_together(folder, "critic_optimizer"))
     return State(facts["step"], facts["counters"])
 
 

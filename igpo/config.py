@@ -146,6 +146,20 @@ class MethodConfig:
 
 
 @dataclass(frozen=True)
+class CriticConfig:
+    """The second network of tracerl_value and airl_s: a copy of the policy with a scalar head, LoRA and all."""
+
+    critic_name_or_path: str | None = None  # another model's folder or hub id instead of a copy
+    critic_num_layers: int | None = None  # only the first of its layers; None: all
+    critic_learning_rate: float = 5e-6  # TraceRL; all else of its optimizer is the policy's
+    gamma: float = 1.0  # discount of a step
+    gae_lambda: float = 1.0  # tracerl_value
+    value_epsilon: float = 0.2  # tracerl_value: how far a value may move before its loss is clipped
+    step_reward_weight: float = 1.0  # airl_s: of the steps' rewards, beside the completion's (ours)
+    num_candidates: int = 1  # airl_s: fills of a block a rollout chooses from; 1: no search
+
+
+@dataclass(frozen=True)
 class AlgorithmConfig:
     algorithm: str = "igpo"  # a key of igpo.rl.algorithms.ALGORITHMS
     num_generations: int = 8  # G
@@ -180,6 +194,7 @@ class AlgorithmConfig:
     inpaint: InpaintConfig = field(default_factory=InpaintConfig)
     draws: DrawsConfig = field(default_factory=DrawsConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
 
 
 @dataclass(frozen=True)

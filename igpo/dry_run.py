@@ -100,6 +100,8 @@ def memory(cfg: Config, shape: MaskedDecoderConfig, *, is_sft: bool) -> dict[str
     """GiB by part, without activations and logits, which depend on per_device_train_batch_size and the backend."""
     everything, trained = parameters(shape, cfg)
     width = placement(cfg.model)[1].itemsize
+    made = ALGORITHMS.get(cfg.rl.algorithm)  # an unknown one is refused by the run itself
+    critic = not is_sft and made is not None and made.critique is not None
     copied = not is_sft and cfg.rl.beta != 0 and not cfg.lora.use_lora
     parts = {
         "weights": everything * width,
@@ -107,6 +109,9 @@ def memory(cfg: Config, shape: MaskedDecoderConfig, *, is_sft: bool) -> dict[str
         "gradients (float32)": trained * 4,
         "AdamW moments (float32)": trained * 8,
         "reference model": everything * width * copied,
+        # as if it had a head and all layers: an upper bound
+        "critic: weights, masters, gradients, moments": critic
+        * (everything * width + trained * (12 + 4 * (width != 4))),
     }
     gib = {name: size / _GIB for name, size in parts.items() if size}
     return {**gib, "together": sum(gib.values())}

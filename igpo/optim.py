@@ -37,6 +37,13 @@ def learning_rate(update: int, cfg: TrainConfig, num_updates: int) -> float:
     return cfg.learning_rate * shape[kind]
 
 
+def failing_rows(fails: Callable[[Tensor], bool], rows: Tensor, size: int) -> Tensor:
+    """Those of `rows` that fail by themselves, looked for in parts of `size`; all when only their sum fails."""
+    suspects = [row for part in rows.split(size) if fails(part) for row in part]
+    found = [row for row in suspects if fails(row[None])]
+    return torch.stack(found) if found else rows
+
+
 class Updater:
     """Optimizer updates of a model: call `backward()` on losses as often as needed, then `step`.
 

@@ -98,7 +98,7 @@ def build_policy(cfg: Config, tokenizer: Any) -> Any:
     else:
         model = load_model(path, dtype=dtype, device=device)
     _fit_vocabulary(model, tokenizer)
-    _prepare(model, cfg)
+    prepare(model, cfg)
     return (
         add_adapters(model, cfg.lora, Seed(cfg.train.seed)) if cfg.lora.use_lora else model
     ).eval()
@@ -141,7 +141,7 @@ def _shape(cfg: ModelConfig, tokenizer: Any) -> MaskedDecoderConfig:
     )
 
 
-def _prepare(model: MaskedDecoder, cfg: Config) -> None:
+def prepare(model: MaskedDecoder, cfg: Config) -> None:
     """Attention backend, activation checkpointing, frozen head. Raises ConfigError."""
     try:
         model.set_attn_implementation(cfg.model.attn_implementation)

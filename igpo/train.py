@@ -20,20 +20,22 @@ from .canvas import GENERATIONS_PER_PROMPT, masked_canvases
 from .checkpoint import State
 from .config import Config
 from .config_io import validate
+from .critic import Critic, build_critic
 from .data import batches, load_prompts
 from .evaluate import check, evaluate
 from .logging import RunLog, completions_table, console, progress, run_log, say_start
-from .optim import TrainingError, Updater
+from .optim import TrainingError, Updater, failing_rows
 from .policy import Reference, as_scored, build_policy, canvas_ids, load_tokenizer, reference_of
 from .ranks import process_group, ranks
 from .rewards import make_grader
 from .rewards.shared import over_processes
 from .rl.algorithms import Algorithm, Grade, build_algorithm
+from .rl.critique import Lesson
 from .rl.explorer import SECOND_ATTEMPT
 from .rl.gradient import accumulate
 from .rl.pairs import check_pairs, graded_pairs, has_pairs
 from .rollout import denoise
-from .types import Graded, Metrics, PolicyBatch, Prompt, Seed
+from .types import Canvas, Graded, Metrics, PolicyBatch, Prompt, Rollouts, Seed
 
 SHOWN = ("reward", "loss", "grad_norm")  # beside the progress bar
 
@@ -61,6 +63,14 @@ class Run:
     observe: Callable[[int, Graded, Metrics], None] | None = (
         None  # after each step: what was learned from
     )
+    critic: Critic | None = None  # build_critic(cfg, policy, algorithm)
+
+    def __post_init__(self) -> None:
+        if self.algorithm.critique is not None and self.critic is None:
+            raise ValueError(
+                f"Run: critic must be given for algorithm {self.cfg.rl.algorithm!r}, got None. "
+                "Pass critic=igpo.critic.build_critic(cfg, policy, algorithm)."
+            )
 
 
 def train(run: Run, log: RunLog) -> Metrics:
@@ -82,15 +92,19 @@ def train(run: Run, log: RunLog) -> Metrics:
             rescued = algorithm.explorer(policy, prompts, graded, seed)
             advantages = algorithm.advantage(rescued)
 
-            # score the completions under the old policy and the reference, then update the policy mu times
-            scored = as_scored(policy, cfg)
-            batch = algorithm.likelihood.prepare(scored, rescued, seed, run.reference)
+            # score the completions under the old policy and the reference; a critic, if any, judges their steps
+            batch = algorithm.likelihood.prepare(
+                as_scored(policy, cfg), rescued, seed, run.reference
+            )
+            credit, lessons, judged = judge(run, prompts, rescued, batch, advantages, seed)
+
+            # then update the policy mu times, and the critic with it
             updates = []
             for inner in range(cfg.rl.num_iterations):
-                weights = algorithm.reweigh(rescued, batch, advantages, inner)
-                updates.append(
-                    update(run, batch, weights, inner, f"step {step}, inner update {inner}")
-                )
+                where = f"step {step}, inner update {inner}"
+                weights = algorithm.reweigh(rescued, batch, credit, inner)
+                done = update(run, batch, weights, inner, where)
+                updates.append({**judged, **done, **teach(run, lessons, where)})
             book.end(step, prompts, graded, rescued, advantages, updates)
     return book.last
 
@@ -101,8 +115,35 @@ def collect(run: Run, prompts: Sequence[Prompt], seed: Seed) -> Graded:
     if has_pairs(prompts):
         canvas = masked_canvases(prompts, **{**options, "num_generations": 2})
         return graded_pairs(prompts, canvas, run.cfg.rollout)
-    rollouts = denoise(run.policy, masked_canvases(prompts, **options), run.cfg.rollout, seed)
+    rollouts = sample(run, masked_canvases(prompts, **options), seed)
     return run.grade(rollouts, prompts)
+
+
+def sample(run: Run, canvas: Canvas, seed: Seed) -> Rollouts:
+    """Completions of the policy; a critic may choose among several on the way."""
+    cfg, critique = run.cfg.rollout, run.algorithm.critique
+    if run.critic is None or critique is None:
+        return denoise(run.policy, canvas, cfg, seed)
+    return critique.roll_out(run.critic.network, run.policy, canvas, cfg, seed)
+
+
+def judge(
+    run: Run, prompts: Sequence[Prompt], graded: Graded, batch: PolicyBatch, advantages: Tensor, seed: Seed
+) -> tuple[Tensor, tuple[Lesson, ...], Metrics]:  # fmt: skip
+    """The advantages as the critic sees them, and what it is to learn from; without one the advantages as they are."""
+    critique = run.algorithm.critique
+    if run.critic is None or critique is None:
+        return advantages, (), {}
+    network, policy = run.critic.network, as_scored(run.policy, run.cfg)
+    return critique.judge(network, policy, prompts, graded, batch, advantages, seed)
+
+
+def teach(run: Run, lessons: Sequence[Lesson], where: str) -> Metrics:
+    """One optimizer update of the critic, where there is one."""
+    critique = run.algorithm.critique
+    if run.critic is None or critique is None:
+        return {}
+    return run.critic.update(critique, lessons, where, _row_name)
 
 
 def update(run: Run, batch: PolicyBatch, advantages: Tensor, inner: int, where: str) -> Metrics:
@@ -137,11 +178,9 @@ def culprits(run: Run, batch: PolicyBatch, advantages: Tensor, inner: int) -> li
         loss, _ = backward(run, batch, advantages, inner, rows)
         return not torch.isfinite(torch.tensor([loss, run.updater.gradient_norm()])).all()
 
-    everything = torch.arange(len(advantages))
-    size = run.cfg.train.per_device_train_batch_size
-    suspects = [row for part in everything.split(size) if fails(part) for row in part]
-    found = [row for row in suspects if fails(row[None])] or list(everything)
-    return [_row_name(int(batch.canvas.row_ids[row])) for row in found]
+    rows = torch.arange(len(advantages), device=batch.canvas.row_ids.device)
+    found = failing_rows(fails, rows, run.cfg.train.per_device_train_batch_size)
+    return [_row_name(row_id) for row_id in batch.canvas.row_ids[found].tolist()]
 
 
 def _row_name(row_id: int) -> str:
@@ -174,12 +213,15 @@ def set_up(cfg: Config) -> Run:
     policy = build_policy(cfg, tokenizer)
     algorithm.likelihood.check(policy)
     # before a checkpoint's weights are loaded
+    critic = build_critic(cfg, policy, algorithm)
     reference = reference_of(policy, cfg) if algorithm.likelihood.needs_reference else None
     updater = Updater(policy, cfg.train, cfg.train.max_steps * cfg.rl.num_iterations)
-    state = checkpoint.restore(folder, policy, updater, cfg) if folder else State()
+    state = checkpoint.restore(folder, policy, updater, cfg, critic) if folder else State()
     order = batches(prompts, cfg.train.prompts_per_step, Seed(cfg.train.seed))
     held_out = _evaluation(cfg, policy, tokenizer, grade) if cfg.train.eval_steps else None
-    return Run(cfg, policy, tokenizer, order, grade, algorithm, reference, updater, held_out, state)
+    return Run(
+        cfg, policy, tokenizer, order, grade, algorithm, reference, updater, held_out, state, critic=critic
+    )  # fmt: skip
 
 
 def _evaluation(cfg: Config, policy: Any, tokenizer: Any, grade: Grade) -> Callable[[], Metrics]:
@@ -243,7 +285,7 @@ class _Book:
         if _due(done, cfg.save_steps) or last:
             state = State(done, {"num_tokens": self.num_tokens})
             run = self.run
-            checkpoint.save(run.policy, run.tokenizer, run.updater, run.cfg, state)
+            checkpoint.save(run.policy, run.tokenizer, run.updater, run.cfg, state, run.critic)
         self.advance(**{key: self.last[key] for key in SHOWN if key in self.last})
         self.step, self.began = done, time.monotonic()
 

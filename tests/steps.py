@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from igpo.config import AlgorithmConfig, DrawsConfig, InpaintConfig, MethodConfig
+from igpo.config import AlgorithmConfig, CriticConfig, DrawsConfig, InpaintConfig, MethodConfig
+from igpo.models.critic import CriticModel
 from igpo.rl.algorithms import Algorithm, build_algorithm
+from igpo.rl.critique import Lesson, fit
 from igpo.rl.gradient import accumulate
 from igpo.types import Graded, PolicyBatch, Seed
 
@@ -27,6 +29,8 @@ OPTIONS = {
     "tbrm": {"beta": 0.5},
     "vrpo": {"beta": 0.5},
     "tracerl": {"kl_to": "old", "beta": 0.1},
+    "tracerl_value": {"kl_to": "old", "beta": 0.1, "critic": CriticConfig(gamma=0.9, gae_lambda=0.8)},
+    "airl_s": {"critic": CriticConfig(gamma=0.9, step_reward_weight=0.7), "draws": DrawsConfig(shrink=4)},
     "agrpo": {"kl_estimator": "k3_ratio", "beta": 0.1},
     "wd1": {"p_mask_prompt": 0.4},
     "mdpo": {"kl_estimator": "k2", "beta": 0.1},
@@ -44,6 +48,8 @@ class Step:
     graded: Graded
     advantages: torch.Tensor
     batch: PolicyBatch
+    network: CriticModel | None = None
+    lessons: tuple[Lesson, ...] = ()
 
 
 def config(name: str) -> AlgorithmConfig:
@@ -71,7 +77,36 @@ def prepared(toy, cfg: AlgorithmConfig, start=None, *, batch_size: int = 64) -> 
     graded = algorithm.explorer(policy, problems, grade(rollouts, problems), SEED)
     advantages = algorithm.advantage(graded)
     batch = algorithm.likelihood.prepare(policy, graded, SEED, reference)
-    return Step(algorithm, policy, frozen, graded, advantages, batch)
+    if algorithm.critique is None:
+        return Step(algorithm, policy, frozen, graded, advantages, batch)
+    network = critic(make(dtype=torch.float64, seed=2))
+    advantages, lessons, _ = algorithm.critique.judge(
+        network, policy, problems, graded, batch, advantages, SEED
+    )
+    return Step(algorithm, policy, frozen, graded, advantages, batch, network, lessons)
+
+
+def critic(body) -> CriticModel:
+    """With a head that is not 0."""
+    network = CriticModel(body)
+    with torch.no_grad():
+        network.head.copy_(torch.linspace(-0.4, 0.5, len(network.head)))
+    return network
+
+
+def lesson_gradient(step: Step, *, size: int = 64, scale: float = 1.02):
+    """Gradient of the critic's weights and its loss, after its head was scaled."""
+    assert step.network is not None
+    assert step.algorithm.critique is not None
+    network = copy.deepcopy(step.network)
+    with torch.no_grad():
+        network.head.mul_(scale)
+    parts = []
+    for lesson in step.lessons:
+        rows = torch.arange(len(lesson.tokens))
+        parts += list(fit(network, step.algorithm.critique, lesson, rows, size))
+    found = [p.grad.flatten() for p in network.parameters() if p.grad is not None]
+    return torch.cat(found), sum(loss for loss, _ in parts), parts
 
 
 def written(toy, canvas):

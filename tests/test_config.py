@@ -71,7 +71,7 @@ def test_later_sources_win(tmp_path: Path) -> None:
 )
 def test_text_becomes_the_type_of_the_key(override: str, value: object) -> None:
     found = flatten(load([], [override]))
-    (key,) = [k for k in found if k.endswith(override.partition("=")[0])]
+    (key,) = [k for k in found if k.endswith("." + override.partition("=")[0])]
     assert (tuple(found[key]) if isinstance(value, tuple) else found[key]) == value
 
 

@@ -143,6 +143,7 @@ def _lines(cfg: Config) -> list[dict[str, float]]:
 RUNS = {
     "igpo": ["algorithm=igpo", "eval_steps=2"],
     "bgpo": ["algorithm=bgpo", "num_draws=2", "dtype=bfloat16"],  # draw by draw
+    "airl_s": ["algorithm=airl_s", "shrink=2", "num_candidates=2"],  # a critic, and search by it
     "vrpo": ["algorithm=vrpo", "num_draws=2"],  # groups, two passes
     "lora": ["algorithm=igpo", "use_lora=true", "lora_r=2", "model_name_or_path=MODEL"],
     "sft": ["sft_batch_size=5"],
@@ -175,8 +176,9 @@ def test_a_run_on_several_processes_is_the_run_on_one(
     # one process goes on where two stopped
     assert len(list((tmp_path / "several/igpo/checkpoint-2").glob("optimizer*.pt"))) == 2
     resumed = ["max_steps=3", "resume_from_checkpoint=last"]
-    _trained([config("igpo", where, *resumed) for where in ("one", "several")], tmp_path)
-    _assert_alike(config("igpo", "one"), config("igpo", "several"), 2e-3)
+    for kind in ("igpo", "airl_s"):
+        _trained([config(kind, where, *resumed) for where in ("one", "several")], tmp_path)
+        _assert_alike(config(kind, "one"), config(kind, "several"), 2e-3)
 
 
 def _assert_alike(first: Config, second: Config, rel: float) -> None:

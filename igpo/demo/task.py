@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from igpo.config import Config, RewardConfig
+from igpo.critic import build_critic
 from igpo.evaluate import evaluate
 from igpo.optim import Updater
 from igpo.policy import Reference
@@ -60,6 +61,7 @@ def training_run(
     tokenizer, grade = task.tokenizer(), grader(task)
     algorithm = build_algorithm(cfg.rl, cfg.rollout, grade, pad_id=tokenizer.pad_token_id)
     algorithm.likelihood.check(policy)
+    critic = build_critic(cfg, policy, algorithm)
     return Run(
         cfg=cfg,
         policy=policy,
@@ -71,4 +73,5 @@ def training_run(
         updater=Updater(policy, cfg.train, cfg.train.max_steps * cfg.rl.num_iterations),
         evaluate=partial(evaluate, policy, tokenizer, held_out, grade, cfg) if held_out else None,
         observe=observe,
+        critic=critic,
     )

@@ -15,13 +15,16 @@ from igpo.config import AlgorithmConfig, RolloutConfig
 from igpo.types import Graded
 
 from . import checks
+from .critique import Critique
 from .estimators import LIKELIHOODS, RELEASED_LIKELIHOODS, Estimator
 from .explorer import Explorer
 from .likelihood import Likelihood
 from .objective import Objective
 from .parts import (
     ADVANTAGES,
+    ASKING_OLD,
     COMBINES,
+    CRITIQUES,
     EXPLORERS,
     OBJECTIVES,
     OWN_ADVANTAGES,
@@ -38,9 +41,11 @@ __all__ = ["ALGORITHMS", "LIKELIHOODS", "Algorithm", "Composition", "Grade", "bu
 class Algorithm:
     """What a training step calls, in this order.
 
+    critique.roll_out(network, policy, canvas, cfg, seed) -> rollouts, where there is one: instead of denoise
     explorer(policy, prompts, graded, seed) -> graded
     advantage(graded) -> (B,)
     likelihood.prepare(policy, graded, seed, reference) -> batch
+    critique.judge(network, policy, prompts, graded, batch, advantages, seed) -> advantages, lessons, metrics
     reweigh(graded, batch, advantages, inner) -> advantages of that inner update
     gradient.accumulate(algorithm, policy, batch, advantages, inner, objective.rows(advantages), size): in it
     likelihood(policy, batch, inner) -> value;   objective(value, batch, advantages, inner, divisor) -> (loss, metrics)
@@ -52,6 +57,9 @@ class Algorithm:
     objective: Objective
     constant_memory: bool = True  # gradient.py
     reweigh: Reweigh = unchanged
+    critique: Critique | None = (
+        None  # of the run's critic (igpo.critic.build_critic); None: it has none
+    )
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,7 @@ class Composition:
     likelihoods: dict[str, Estimator] | None = None  # None: LIKELIHOODS
     advantage: str | None = None  # of OWN_ADVANTAGES; None: as scale_rewards says
     reweigh: str = "none"
+    critique: str | None = None  # of CRITIQUES: the algorithm has a critic
 
 
 ALGORITHMS: dict[str, Composition] = {
@@ -98,6 +107,10 @@ ALGORITHMS: dict[str, Composition] = {
     "coupled_grpo": Composition("none", "coupled", "clip"),
     # arXiv:2509.06949: every slice of the recorded trajectory
     "tracerl": Composition("none", "slices", "clip_draws"),
+    # the same with its value model: advantages by GAE over the slices
+    "tracerl_value": Composition("none", "slices", "clip_draws", critique="value"),
+    # arXiv:2508.14313: the log-odds of a discriminator of traces and rollouts are the reward of a step
+    "airl_s": Composition("none", "slices", "clip_draws", critique="discriminator"),
     # arXiv:2512.22234 (DiRL): the trajectory's own likelihood, a step of all blocks in one pass (block-causal models)
     "dipo": Composition("none", "block_exact", "clip"),
     # arXiv:2510.02212: two canvases, corrected for the real sampler
@@ -144,34 +157,38 @@ def build_algorithm(
     checks.replayed(cfg, rollout, estimator)
     checks.fits_budget(cfg, rollout)
     checks.sampled(cfg, rollout)
+    checks.critic(cfg, estimator, objective, made.critique)
+    likelihood = replace(
+        _likelihood(cfg, rollout, estimator, objective, made),
+        on_support=checks.scored_over_support(cfg, rollout, estimator),
+    )
     return Algorithm(
         explorer=EXPLORERS[made.explorer](cfg, rollout, grade, pad_id),
         advantage=OWN_ADVANTAGES[made.advantage](cfg) if made.advantage else ADVANTAGES[cfg.scale_rewards],
-        likelihood=replace(
-            _likelihood(cfg, rollout, estimator, objective, made.reweigh),
-            on_support=checks.scored_over_support(cfg, rollout, estimator),
-        ),
+        likelihood=likelihood,
         objective=objective,
         constant_memory=cfg.constant_memory,
         reweigh=REWEIGHS[made.reweigh](cfg),
+        critique=CRITIQUES[made.critique](cfg, rollout, likelihood, pad_id) if made.critique else None,
     )  # fmt: skip
 
 
 def _likelihood(
-    cfg: AlgorithmConfig, rollout: RolloutConfig, estimator: Estimator, objective: Objective, reweigh: str
+    cfg: AlgorithmConfig, rollout: RolloutConfig, estimator: Estimator, objective: Objective, made: Composition
 ) -> Likelihood:  # fmt: skip
-    needs = objective.needs
+    needs, targeted = objective.needs, made.reweigh == "target"
+    asked = made.reweigh != "none" or made.critique in ASKING_OLD
     return Likelihood(
         draw=estimator.build(cfg, rollout),
         num_iterations=cfg.num_iterations,
-        needs_reference=needs.reference or reweigh == "target",
+        needs_reference=needs.reference or targeted,
         entropy_filter=cfg.inpaint.entropy_filter,
         mask_after_eos=cfg.mask_after_eos,
         batch_size=rollout.rollout_batch_size,
         combine=COMBINES[needs.draws](cfg),
-        needs_old=needs.old or reweigh != "none",
-        always_old=reweigh != "none",
-        once=reweigh == "target",
+        needs_old=needs.old or asked,
+        always_old=asked,
+        once=targeted,
         temperature=cfg.draws.likelihood_temperature,
         block_length=rollout.block_length if estimator.block_causal else None,
         token_budget=cfg.method.token_budget if cfg.loss_type == "budget" else None,

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from igpo.config import (
     AlgorithmConfig,
+    CriticConfig,
     DrawsConfig,
     InpaintConfig,
     MethodConfig,
@@ -125,6 +126,28 @@ def sampled(cfg: AlgorithmConfig, rollout: RolloutConfig) -> None:
     )  # fmt: skip
 
 
+def critic(
+    cfg: AlgorithmConfig, estimator: Estimator, objective: Objective, critique: str | None
+) -> None:
+    """A critic values the steps of a trajectory, one after the other."""
+    require(
+        critique is None or estimator.ordered, "likelihood",
+        f"be one of a trajectory's steps with algorithm {cfg.algorithm!r}, whose critic values them", cfg.likelihood,
+        "Set likelihood=slices.",
+    )  # fmt: skip
+    needs = objective.needs
+    require(
+        critique is None or (needs.draws == "apart" and needs.level == "token"), "objective",
+        f"take advantages of tokens with algorithm {cfg.algorithm!r}, whose critic gives them", cfg.objective,
+        "Set objective=clip_draws.",
+    )  # fmt: skip
+    require(
+        critique == "discriminator" or cfg.critic.num_candidates == 1, "num_candidates",
+        f"be 1 with algorithm {cfg.algorithm!r}, which has no reward of steps to search with",
+        cfg.critic.num_candidates, "Set num_candidates=1, or algorithm=airl_s.",
+    )  # fmt: skip
+
+
 def budget(cfg: AlgorithmConfig, rollout: RolloutConfig) -> None:
     """C3PO is its aggregation."""
     require(
@@ -176,6 +199,7 @@ def options(cfg: AlgorithmConfig) -> None:
     _inpaint(cfg.inpaint)
     _draws(cfg.draws)
     _method(cfg.method)
+    _critic(cfg.critic)
     _kl(cfg)
     require(
         cfg.hint_mode != "replay" or cfg.likelihood == "step_map", "hint_mode",
@@ -260,6 +284,19 @@ def _method(cfg: MethodConfig) -> None:
     kept, made = cfg.kept_predictions, cfg.num_predictions
     require(1 <= kept <= made, "kept_predictions", f"lie in [1, num_predictions={made}]", kept)
     require(0 <= cfg.upper_mixture <= 1, "upper_mixture", "lie in [0, 1]", cfg.upper_mixture)
+
+
+def _critic(cfg: CriticConfig) -> None:
+    for option, rule, holds in (
+        ("critic_num_layers", "be at least 1, or none", cfg.critic_num_layers is None or cfg.critic_num_layers >= 1),
+        ("critic_learning_rate", "be positive", cfg.critic_learning_rate > 0),
+        ("gamma", "lie in (0, 1]", 0 < cfg.gamma <= 1),
+        ("gae_lambda", "lie in [0, 1]", 0 <= cfg.gae_lambda <= 1),
+        ("value_epsilon", "be positive", cfg.value_epsilon > 0),
+        ("step_reward_weight", "not be negative", cfg.step_reward_weight >= 0),
+        ("num_candidates", "be at least 1", cfg.num_candidates >= 1),
+    ):  # fmt: skip
+        require(holds, option, rule, getattr(cfg, option))
 
 
 def _kl(cfg: AlgorithmConfig) -> None:

@@ -50,6 +50,7 @@ class Estimator:
     block_causal: bool = False
     replays: Callable[[AlgorithmConfig, RolloutConfig], str] | None = None
     filtered: bool = True
+    ordered: bool = False
 
 
 def _mean_field(cfg: AlgorithmConfig, rollout: RolloutConfig) -> DrawFunction:
@@ -164,7 +165,7 @@ LIKELIHOODS = {
     "elbo_complements": Estimator(_elbo_complements, "sequence"),
     "elbo_blocks": Estimator(_elbo_blocks, "sequence"),
     "step_map": Estimator(_step_map, recorded=True, replays=_of_step_map),
-    "slices": Estimator(_slices, recorded=True, replays=_of_slices),
+    "slices": Estimator(_slices, recorded=True, replays=_of_slices, ordered=True),
     "block_exact": Estimator(_block_exact, recorded=True, block_causal=True, replays=_always),
     "step_mc": Estimator(_step_mc, recorded=True, apart=True, replays=_always),
     "two_mean_field": Estimator(_two_mean_field, recorded=True),

@@ -18,8 +18,10 @@ from torch import Tensor
 from igpo.canvas import with_hints
 from igpo.config import InpaintConfig, RolloutConfig
 from igpo.ops import sample_hint_mask
-from igpo.rollout import denoise, pseudo_order
+from igpo.rollout import denoise
 from igpo.types import Canvas, Graded, Policy, Prompt, Rollouts, Seed, put, take
+
+from .traces import fits, written
 
 Explorer = Callable[[Policy, Sequence[Prompt], Graded, Seed], Graded]
 Grade = Callable[[Rollouts, Sequence[Prompt]], Graded]
@@ -156,7 +158,7 @@ class TraceExplorer:
     ) -> Graded:
         rollouts, length = graded.rollouts, graded.rollouts.canvas.frozen.shape[1]
         groups = triggered_groups(graded, self.cfg.trigger)
-        tried = {g: rows for g, rows in groups.items() if 0 < len(prompts[g].trace_ids) <= length}
+        tried = {g: rows for g, rows in groups.items() if fits(prompts[g], length)}
         metrics = _metrics(graded, groups, tried)
         picked = [graded.rewards.new_empty(0, dtype=torch.int64)]
         for group, rows in tried.items():
@@ -182,23 +184,10 @@ class TraceExplorer:
 
     def _written(self, prompts: Sequence[Prompt], rollouts: Rollouts) -> Rollouts:
         """The rows with the trace of their prompt as the completion."""
-        canvas, length = rollouts.canvas, rollouts.step_map.shape[1]
-        fill = self.pad_id if canvas.eos_id is None else canvas.eos_id
-        traces = [prompts[g].trace_ids for g in canvas.group_ids.tolist()]
-        padded = [[*trace, *[fill] * (length - len(trace))] for trace in traces]
-        completion = torch.tensor(padded, device=canvas.tokens.device)
-        order = pseudo_order(length, self.rollout).to(canvas.tokens.device)
+        rows = written(prompts, rollouts, self.rollout, self.pad_id)
+        canvas = rows.canvas
         frozen = torch.ones_like(canvas.frozen) if self.as_hints else canvas.frozen
-        return replace(
-            rollouts,
-            canvas=replace(canvas, frozen=frozen),
-            tokens=torch.cat([canvas.tokens[:, : canvas.prompt_length], completion], 1),
-            step_map=order.expand(len(traces), -1),
-            commit_logprob=torch.zeros_like(rollouts.commit_logprob),
-            commit_entropy=torch.zeros_like(rollouts.commit_entropy),
-            num_steps=torch.full_like(rollouts.num_steps, self.rollout.diffusion_steps),
-            support=None if rollouts.support is None else torch.full_like(rollouts.support, -1),
-        )
+        return replace(rows, canvas=replace(canvas, frozen=frozen))
 
 
 def triggered_groups(graded: Graded, trigger: str) -> dict[int, Tensor]:

@@ -21,8 +21,10 @@ from .advantage import (
     softmax_difference,
     z_score,
 )
+from .critique import Critique, Discriminator, ValueCritique
 from .explorer import Explorer, InpaintingExplorer, TraceExplorer, no_exploration, original_layout
 from .likelihood import (
+    Likelihood,
     add_up,
     bounds,
     halves,
@@ -48,6 +50,7 @@ Advantage = Callable[[Graded], Tensor]
 Reweigh = Callable[[Graded, PolicyBatch, Tensor, int], Tensor]
 Combine = Callable[[Tensor, Sequence[Draw]], Tensor]
 ExplorerBuilder = Callable[[AlgorithmConfig, RolloutConfig, Grade, int], Explorer]
+CritiqueBuilder = Callable[[AlgorithmConfig, RolloutConfig, Likelihood, int], Critique]
 
 
 def _plain(cfg: AlgorithmConfig, rollout: RolloutConfig, grade: Grade, pad_id: int) -> Explorer:
@@ -130,6 +133,25 @@ def _behaviour(cfg: AlgorithmConfig) -> Reweigh:
     return partial(behaviour, cap=cfg.method.behaviour_cap)
 
 
+def _value(
+    cfg: AlgorithmConfig, rollout: RolloutConfig, likelihood: Likelihood, pad_id: int
+) -> Critique:
+    critic = cfg.critic
+    return ValueCritique(
+        critic.gamma, critic.gae_lambda, critic.value_epsilon, rollout.rollout_batch_size
+    )
+
+
+def _discriminator(
+    cfg: AlgorithmConfig, rollout: RolloutConfig, likelihood: Likelihood, pad_id: int
+) -> Critique:
+    critic = cfg.critic
+    return Discriminator(
+        likelihood, rollout, critic.gamma, critic.step_reward_weight, critic.num_candidates, pad_id,
+        rollout.rollout_batch_size,
+    )  # fmt: skip
+
+
 def _wd1(cfg: AlgorithmConfig) -> Advantage:
     return partial(softmax_difference, psi=cfg.method.psi)
 
@@ -179,3 +201,5 @@ REWEIGHS: dict[str, Callable[[AlgorithmConfig], Reweigh]] = {
     "target": _target,
     "behaviour": _behaviour,
 }
+CRITIQUES: dict[str, CritiqueBuilder] = {"value": _value, "discriminator": _discriminator}
+ASKING_OLD = ("discriminator",)  # critiques that ask for log-probs under the old policy

@@ -6,12 +6,26 @@ from dataclasses import replace
 
 import pytest
 import torch
-from steps import COMMON, SEED, config, gradient, prepared
+from steps import COMMON, SEED, config, gradient, lesson_gradient, prepared
 
 from igpo.rl.algorithms import ALGORITHMS
 from igpo.types import put, take
 
 NAMES = list(ALGORITHMS)
+WITH_CRITIC = [name for name, made in ALGORITHMS.items() if made.critique]
+ORDER = torch.tensor([5, 0, 11, 3, 7, 1, 10, 8, 2, 9, 4, 6])
+
+
+def wider(toy, canvas):
+    """Three columns of padding more."""
+    shape = (len(canvas.tokens), 3)
+    return replace(
+        canvas,
+        tokens=torch.cat([torch.full(shape, toy.pad), canvas.tokens], 1),
+        attention_mask=torch.cat([torch.zeros(shape, dtype=torch.bool), canvas.attention_mask], 1),
+        position_ids=torch.cat([torch.zeros(shape, dtype=torch.int64), canvas.position_ids], 1),
+        prompt_length=canvas.prompt_length + 3,
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -44,8 +58,7 @@ def test_the_order_of_the_batch_does_not_matter(toy, name: str) -> None:
     cfg = config(name)
     canvas = toy.canvas(toy.prompts())
     whole, loss, _ = gradient(prepared(toy, cfg, canvas))
-    order = torch.tensor([5, 0, 11, 3, 7, 1, 10, 8, 2, 9, 4, 6])
-    found, same, _ = gradient(prepared(toy, cfg, take(canvas, order)))
+    found, same, _ = gradient(prepared(toy, cfg, take(canvas, ORDER)))
     torch.testing.assert_close(found, whole, atol=1e-7, rtol=1e-5)
     assert same == pytest.approx(loss, abs=1e-7)
 
@@ -54,15 +67,24 @@ def test_the_order_of_the_batch_does_not_matter(toy, name: str) -> None:
 def test_padding_does_not_matter(toy, name: str) -> None:
     cfg, canvas = config(name), toy.canvas(toy.prompts())
     whole, loss, _ = gradient(prepared(toy, cfg, canvas))
-    shape = (len(canvas.tokens), 3)
-    wider = replace(
-        canvas,
-        tokens=torch.cat([torch.full(shape, toy.pad), canvas.tokens], 1),
-        attention_mask=torch.cat([torch.zeros(shape, dtype=torch.bool), canvas.attention_mask], 1),
-        position_ids=torch.cat([torch.zeros(shape, dtype=torch.int64), canvas.position_ids], 1),
-        prompt_length=canvas.prompt_length + 3,
-    )
-    found, same, _ = gradient(prepared(toy, cfg, wider))
+    found, same, _ = gradient(prepared(toy, cfg, wider(toy, canvas)))
+    torch.testing.assert_close(found, whole, atol=1e-9, rtol=1e-6)
+    assert same == pytest.approx(loss, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", WITH_CRITIC)
+@pytest.mark.parametrize("change", ["micro-batches", "order", "padding"])
+def test_a_critic_learns_the_same(toy, name: str, change: str) -> None:
+    cfg, canvas = config(name), toy.canvas(toy.prompts())
+    whole, loss, _ = lesson_gradient(prepared(toy, cfg, canvas))
+    assert whole.abs().max() > 1e-4
+    if change == "order":
+        canvas = take(canvas, ORDER)
+    elif change == "padding":
+        canvas = wider(toy, canvas)
+    batch_size, size = (5, 2) if change == "micro-batches" else (64, 64)
+    step = prepared(toy, cfg, canvas, batch_size=batch_size)
+    found, same, _ = lesson_gradient(step, size=size)
     torch.testing.assert_close(found, whole, atol=1e-9, rtol=1e-6)
     assert same == pytest.approx(loss, abs=1e-9)
 

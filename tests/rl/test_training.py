@@ -25,6 +25,8 @@ OPTIONS = {
     "espo": ("kl_estimator=k2", "kl_level=sequence"),
     "c3po": ("loss_type=budget", TOKEN, "token_budget=64"),
     "tracerl": ("kl_to=old", "shrink=1"),
+    "tracerl_value": ("kl_to=old", "shrink=1"),
+    "airl_s": ("shrink=2", "num_candidates=2"),
     "agrpo": ("kl_estimator=k3_ratio",),
     **dict.fromkeys(("grpo", "unigrpo", "coupled_grpo", "diffpo", "dipo"), (TOKEN,)),
 }

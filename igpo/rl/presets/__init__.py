@@ -5,11 +5,12 @@ top of its file. What a preset leaves out is the default. Left out everywhere: L
 on-policy ratio differ from 1.
 """
 
+from .critic import PRESETS as _CRITIC
 from .igpo import PRESETS as _IGPO
 from .sequence import PRESETS as _SEQUENCE
 from .token import PRESETS as _TOKEN
 
-PRESETS = {**_IGPO, **_TOKEN, **_SEQUENCE}
+PRESETS = {**_IGPO, **_TOKEN, **_SEQUENCE, **_CRITIC}
 
 # baselines of IGPO, without settings of their own: they are compared under its
 BASELINES = ("grpo_resample", "trace_in_group", "trace_as_hints")

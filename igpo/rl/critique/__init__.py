@@ -1,0 +1,21 @@
+"""What an algorithm does with its critic, a second network: judge the steps of completions, and what it learns.
+
+`Critique` is the interface; `ValueCritique` is TraceRL's value model, `Discriminator` AIRL-S's step reward.
+"""
+
+from .base import CriticNetwork, Critique, Lesson, fit
+from .discriminator import Discriminator, reward_to_go
+from .search import search
+from .value import ValueCritique, gae
+
+__all__ = [
+    "CriticNetwork",
+    "Critique",
+    "Discriminator",
+    "Lesson",
+    "ValueCritique",
+    "fit",
+    "gae",
+    "reward_to_go",
+    "search",
+]
