@@ -8,16 +8,17 @@ from dataclasses import replace
 import research
 import torch
 from decoders import canvases, decoder
-from programs import Program, Provider, held_mib, measure, trunk_flops
+from programs import Program, Provider, held_mib, measure
 from shapes import DEVICE, TOY, Generation
 from timing import Run
 from torch import Tensor
 
-from igpo.config import RolloutConfig
+from igpo.config import Config, RolloutConfig
 from igpo.ops import unmask_step
 from igpo.ops._head import head_logits
 from igpo.rollout import denoise
 from igpo.types import Canvas, Seed, take
+from igpo.work_plan import Passes, layers_of
 
 SEED, TEMPERATURE = Seed(0).at(1), 1.2
 # around the middle, where as much follows a block on average as over the whole completion; on a CPU the one before it
@@ -156,7 +157,7 @@ def bench_rollout(benchmark, request, generation: Generation) -> None:
         )  # fmt: skip
 
     masked = sum(masked_at(at, at.steps_per_block)) / at.steps_per_block
-    head = int(2 * masked * at.model.width * at.model.vocabulary)
+    layers = layers_of(policy.config, Config())
     measure(
         benchmark,
         Program(
@@ -169,7 +170,7 @@ def bench_rollout(benchmark, request, generation: Generation) -> None:
             gate=gate,
             unit="sequence and step",
             tokens=each,
-            flops=trunk_flops(policy, at.length) + head,
+            flops=int(layers.flops(Passes(1, at.length, at.length, masked))),
             counted="every token through the layers, the masked positions of the block through the head",
             dtype=at.model.dtype,
             held_mib=held_mib(policy),

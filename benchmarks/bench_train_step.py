@@ -10,17 +10,18 @@ import research
 import torch
 from decoders import canvases, decoder, words
 from harness import near
-from programs import GPU_ROUNDS, Program, Provider, held_mib, measure, trunk_flops
+from programs import GPU_ROUNDS, Program, Provider, held_mib, measure
 from shapes import DEVICE, TOY, Batch
 from timing import Run
 from torch import Tensor
 
-from igpo.config import AlgorithmConfig, LoraConfig, RolloutConfig, TrainConfig
+from igpo.config import AlgorithmConfig, Config, LoraConfig, RolloutConfig, TrainConfig
 from igpo.models.adapters import add_adapters
 from igpo.optim import Updater
 from igpo.rl.algorithms import Algorithm, build_algorithm
 from igpo.rl.gradient import accumulate
 from igpo.types import Graded, PolicyBatch, Rollouts, Seed
+from igpo.work_plan import Passes, layers_of
 
 SEED = Seed(0).at(1)
 EPSILON, BETA = 0.2, 0.01
@@ -38,8 +39,8 @@ class Training:
     def __post_init__(self) -> None:
         at, shape = self.at, self.at.model
         base = decoder(shape)
-        self.trunk_flops = trunk_flops(base, at.prompt + at.completion)
         lora = LoraConfig(True, lora_r=at.lora, lora_target_modules=TARGETS)
+        self.layers = layers_of(base.config, Config(lora=lora))
         self.policy = add_adapters(base, lora, Seed(0)).eval()
         generator = torch.Generator(DEVICE).manual_seed(2)
         with torch.no_grad():
@@ -178,7 +179,11 @@ def bench_train_step(benchmark, request, training: Batch, variant: str) -> None:
             near([result[0]], [first[0]], error=1e-3)
 
     scored = 2 if share == 0 else 2 * at.inner
-    head = 2 * at.model.width * at.model.vocabulary * at.completion
+    length = at.prompt + at.completion
+    passes = [
+        Passes(count, length, length, at.completion, trained)
+        for count, trained in ((scored, False), (at.inner, True))
+    ]
     measure(
         benchmark,
         Program(
@@ -189,8 +194,8 @@ def bench_train_step(benchmark, request, training: Batch, variant: str) -> None:
             gate=gate,
             unit="sequence",
             tokens=at.prompt + at.completion,
-            flops=(scored + 2 * at.inner) * (made.trunk_flops + head),
-            counted=f"{scored} forwards, {at.inner} forwards and backwards to inputs; completions through the head",
+            flops=int(sum(map(made.layers.flops, passes))),
+            counted=f"{scored} forwards, {at.inner} trained to inputs and adapters; head of the completion",
             dtype=at.model.dtype,
             held_mib=held_mib(made.policy),
             rounds=GPU_ROUNDS if DEVICE == "cuda" else 1,

@@ -31,8 +31,11 @@ class Provider:
 
 @dataclass(frozen=True)
 class Program:
-    """A program on one problem. unit, tokens: what times are per, and the tokens of one.   flops: of a unit, what no
-    exact form avoids.   held_mib: weights and states that are there before a call.   rounds: calls timed."""
+    """A program on one problem.
+
+    unit, tokens: what times are per, and the tokens of one.   flops: of a unit, as igpo.work_plan counts them, which
+    plans times from the rates.   held_mib: weights and states that are there before a call.   rounds: calls timed.
+    """
 
     op: str
     axes: Mapping[str, object]
@@ -113,11 +116,3 @@ def held_mib(model: torch.nn.Module) -> float:
     if DEVICE == "cuda":
         return torch.cuda.memory_allocated() / 2**20
     return sum(p.nbytes for p in model.parameters()) / 2**20
-
-
-def trunk_flops(model, length: int) -> int:
-    """Of one sequence through the layers, without the head: two per weight and token, and attention's two products."""
-    weights = sum(p.numel() for name, p in model.layers.named_parameters() if p.dim() == 2)
-    config = model.config
-    attention = 4 * length**2 * config.head_dim * config.num_attention_heads
-    return 2 * weights * length + config.num_hidden_layers * attention

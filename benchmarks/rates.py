@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from functools import cache
 
 import torch
-from timing import event_seconds
+from timing import Run, event_seconds, wall
 
 COPIED = {"cuda": 2**31, "cpu": 2**28}  # bytes; several times any cache
 SIDE = {"cuda": 8192, "cpu": 2048}
@@ -16,9 +15,7 @@ def _median(call, device: str, rounds: int = 9) -> float:
     def once() -> float:
         if device == "cuda":
             return event_seconds(call)
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
+        return wall(Run(call), device)
 
     for _ in range(2):
         once()

@@ -91,7 +91,7 @@ def in_turn(runs: Mapping[str, Run], device: str, rounds: int) -> dict[str, Timi
     """Times calls of seconds, which were made before: from an idle machine to the last result, the order turning."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for name in _turns(list(runs), rounds):
-        times[name].append(_wall(runs[name], device))
+        times[name].append(wall(runs[name], device))
     return {name: summary(found, summary(found, 0.0).median) for name, found in times.items()}
 
 
@@ -101,7 +101,7 @@ def _turns(names: list[str], rounds: int):
         yield from names[first:] + names[:first]
 
 
-def _wall(run: Run, device: str, calls: int = 1) -> float:
+def wall(run: Run, device: str, calls: int = 1) -> float:
     """Seconds per call. With one CPU thread those of the processor: what other programs take of it does not count."""
     arguments = run.arguments()
     alone = device == "cpu" and torch.get_num_threads() == 1
@@ -117,7 +117,7 @@ def _wall(run: Run, device: str, calls: int = 1) -> float:
 
 
 def _cpu(runs: Mapping[str, Run], seconds: float) -> dict[str, Timing]:
-    first = {name: _wall(run, "cpu") for name, run in runs.items()}
+    first = {name: wall(run, "cpu") for name, run in runs.items()}
     calls = {
         name: 1 if runs[name].prepare else max(1, int(CALL_SECONDS / max(t, 1e-7)))
         for name, t in first.items()
@@ -126,13 +126,13 @@ def _cpu(runs: Mapping[str, Run], seconds: float) -> dict[str, Timing]:
     rounds = int(min(50, max(3, seconds * len(runs) / max(total, 1e-6))))
     times: dict[str, list[float]] = {name: [] for name in runs}
     for name in _turns(list(runs), rounds):
-        times[name].append(_wall(runs[name], "cpu", calls[name]))
+        times[name].append(wall(runs[name], "cpu", calls[name]))
     return {name: summary(found, summary(found, 0.0).median) for name, found in times.items()}
 
 
 def _cuda(runs: Mapping[str, Run], seconds: float) -> dict[str, Timing]:
     flush = L2Flush()
-    host = {name: sorted(_wall(run, "cuda") for _ in range(5))[2] for name, run in runs.items()}
+    host = {name: sorted(wall(run, "cuda") for _ in range(5))[2] for name, run in runs.items()}
     covers = {name: min(MOST_FLUSHES, 1 + int(1.5 * t / flush.seconds)) for name, t in host.items()}
     total = sum(t + covers[name] * flush.seconds for name, t in host.items())
     rounds = int(min(100, max(10, seconds * len(runs) / total)))

@@ -134,7 +134,7 @@ def work(
         table.add_row(*_cells(line, cfg.train.max_steps))
     output.print(table)
     place = f"{time_plan.device_name(device)} in {str(dtype).removeprefix('torch.')}"
-    for sentence in time_plan.source(rates, tflops, place):
+    for sentence in time_plan.source(parts, rates, tflops, place):
         say(sentence)
     say(
         f"canvases of {work_plan.canvas_length(cfg)} tokens, none ending early; one device; a pass is one sequence "

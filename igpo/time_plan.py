@@ -125,13 +125,20 @@ def duration(seconds: float | None) -> str:
     return f"{seconds:.3g} s"
 
 
-def source(rates: Mapping[str, Rate], tflops: float | None, place: str) -> list[str]:
-    """What the times rest on, in words."""
+def source(
+    parts: Mapping[str, Sequence[Passes]], rates: Mapping[str, Rate], tflops: float | None, place: str
+) -> list[str]:  # fmt: skip
+    """What the times rest on, in words, and which rates there are none of."""
     if tflops is not None:
         return [f"times at the {tflops:g} TFLOP/s given"]
-    if not rates:
-        return [
-            f"no rate was measured on {place}: no times. tflops=… gives one; benchmarks/run.py rollout train_step and "
-            "scripts/record_rates.py measure it."
-        ]
-    return [f"times from {rate}" for rate in rates.values()]
+    needed = sorted(
+        {BENCHMARKS.get(name, "train_step") for name, passes in parts.items() if passes}
+    )
+    missing = [name for name in needed if name not in rates]
+    found = [f"times from {rates[name]}" for name in needed if name in rates]
+    if missing:
+        found.append(
+            f"no rate of {' and '.join(missing)} was measured on {place}: no times from it. tflops=… gives one; "
+            f"benchmarks/run.py {' '.join(missing)} and scripts/record_rates.py measure it."
+        )
+    return found

@@ -183,12 +183,16 @@ def test_durations_are_for_people() -> None:
     assert shown == ["0.5 s", "119 s", "2 min", "2 h", "11.6 days", ""]
 
 
-def test_without_a_rate_the_plan_says_so() -> None:
-    (sentence,) = time_plan.source({}, None, "some device in float32")
-    assert sentence.startswith("no rate was measured on some device in float32: no times.")
-    assert time_plan.source({}, 3.0, "here") == ["times at the 3 TFLOP/s given"]
-    (sentence,) = time_plan.source({"rollout": rate()}, None, "here")
-    assert "2 TFLOP/s, measured with a 32x4096 bfloat16 decoder on NVIDIA H200, 2026-12-01" in sentence  # fmt: skip
+def test_the_plan_says_what_its_times_rest_on() -> None:
+    parts, place = of_training(Config(), DENSE), "some device in float32"
+    (sentence,) = time_plan.source(parts, {}, None, place)
+    assert sentence.startswith(
+        f"no rate of rollout and train_step was measured on {place}: no times"
+    )
+    assert time_plan.source(parts, {}, 3.0, "here") == ["times at the 3 TFLOP/s given"]
+    there, missing = time_plan.source(parts, {"rollout": rate()}, None, "here")
+    assert "2 TFLOP/s, measured with a 32x4096 bfloat16 decoder on NVIDIA H200, 2026-12-01" in there
+    assert missing.startswith("no rate of train_step was measured on here")
 
 
 def test_the_rates_shipped_can_be_read_and_say_where_they_are_from() -> None:

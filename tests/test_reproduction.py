@@ -138,13 +138,19 @@ def test_dry_run_has_the_blocks_of_the_model(
     assert "dry run: passed" in capsys.readouterr().err
 
 
-def test_dry_run_of_sft(problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_of_sft(
+    problems: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("igpo.time_plan.measured", list)
     made = [w for w in words(problems, tmp_path) if not w.startswith("num_iterations")]
     config = ROOT / "configs" / "llada-8b-sft.yaml"
     assert main(["sft", str(config), *made, "use_lora=false", "--dry-run"]) == 0
     said = capsys.readouterr()
     assert "update" in said.out
-    assert "no rate was measured on" in said.err
+    assert "no rate of train_step was measured on" in said.err
     assert "dry run: passed" in said.err
     assert not (tmp_path / "never").exists()
 
