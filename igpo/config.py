@@ -147,7 +147,7 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """The second network of tracerl_value and airl_s: a copy of the policy with a scalar head, LoRA and all."""
+    """The second network of tracerl_value, airl_s and diffpo_joint: a copy of the policy with a scalar head."""
 
     critic_name_or_path: str | None = None  # another model's folder or hub id instead of a copy
     critic_num_layers: int | None = None  # only the first of its layers; None: all
@@ -156,6 +156,8 @@ class CriticConfig:
     gae_lambda: float = 1.0  # tracerl_value
     value_epsilon: float = 0.2  # tracerl_value: how far a value may move before its loss is clipped
     step_reward_weight: float = 1.0  # airl_s: of the steps' rewards, beside the completion's (ours)
+    bound_std: float = 0.3  # diffpo_joint: of the log of a rollout's entropy_bound (ours)
+    step_cost: float = 0.1  # diffpo_joint: taken from the reward when every step worked (ours)
     num_candidates: int = 1  # airl_s: fills of a block a rollout chooses from; 1: no search
 
 

@@ -95,6 +95,7 @@ class Canvas:
         None  # the token that ends a completion, and fills what an early stop leaves
     )
     stop_token_ids: frozenset[int] = frozenset()  # others that end one: the end of a chat turn
+    entropy_bound: Tensor | None = None  # (B,) in place of RolloutConfig's, for every row its own
 
     @property
     def completion(self) -> Tensor:

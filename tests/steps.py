@@ -36,6 +36,7 @@ OPTIONS = {
     "mdpo": {"kl_estimator": "k2", "beta": 0.1},
     "grpo": {"beta": 0.1, "p_mask_prompt": 0.4},
 }  # fmt: skip
+ROLLOUT = {"diffpo_joint": {"entropy_bound": 0.5}}
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def parity(rollouts):
 def prepared(toy, cfg: AlgorithmConfig, start=None, *, batch_size: int = 64) -> Step:
     """start: the canvas; None: three prompts of different lengths, padded."""
     grade = toy.grader(parity)
-    rollout = replace(toy.rollout, rollout_batch_size=batch_size)
+    rollout = replace(toy.rollout, rollout_batch_size=batch_size, **ROLLOUT.get(cfg.algorithm, {}))
     algorithm = build_algorithm(cfg, rollout, grade, pad_id=toy.pad)
     make = toy.BlockPolicy if algorithm.likelihood.block_length else toy.Policy
     policy, frozen = make(dtype=torch.float64), make(dtype=torch.float64, seed=1)

@@ -115,6 +115,8 @@ ALGORITHMS: dict[str, Composition] = {
     "dipo": Composition("none", "block_exact", "clip"),
     # arXiv:2510.02212: two canvases, corrected for the real sampler
     "diffpo": Composition("none", "two_mean_field", "clip", reweigh="behaviour"),
+    # the same with the bound of its entropy-bounded sampler, trained jointly
+    "diffpo_joint": Composition("none", "two_mean_field", "clip", checks.bounded, None, None, "behaviour", "threshold"),
     # arXiv:2506.14731 (Ring-lite): GRPO whose loss is divided by a budget of tokens
     "c3po": Composition("none", "mean_field", "clip", checks.budget),
     # arXiv:2505.15311: squared trajectory Bellman residual

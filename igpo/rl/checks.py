@@ -129,15 +129,16 @@ def sampled(cfg: AlgorithmConfig, rollout: RolloutConfig) -> None:
 def critic(
     cfg: AlgorithmConfig, estimator: Estimator, objective: Objective, critique: str | None
 ) -> None:
-    """A critic values the steps of a trajectory, one after the other."""
+    """A critic values the steps of a trajectory, one after the other; or the whole of it (threshold)."""
+    of_steps = critique in ("value", "discriminator")
     require(
-        critique is None or estimator.ordered, "likelihood",
+        not of_steps or estimator.ordered, "likelihood",
         f"be one of a trajectory's steps with algorithm {cfg.algorithm!r}, whose critic values them", cfg.likelihood,
         "Set likelihood=slices.",
     )  # fmt: skip
     needs = objective.needs
     require(
-        critique is None or (needs.draws == "apart" and needs.level == "token"), "objective",
+        not of_steps or (needs.draws == "apart" and needs.level == "token"), "objective",
         f"take advantages of tokens with algorithm {cfg.algorithm!r}, whose critic gives them", cfg.objective,
         "Set objective=clip_draws.",
     )  # fmt: skip
@@ -145,6 +146,16 @@ def critic(
         critique == "discriminator" or cfg.critic.num_candidates == 1, "num_candidates",
         f"be 1 with algorithm {cfg.algorithm!r}, which has no reward of steps to search with",
         cfg.critic.num_candidates, "Set num_candidates=1, or algorithm=airl_s.",
+    )  # fmt: skip
+
+
+def bounded(cfg: AlgorithmConfig, rollout: RolloutConfig) -> None:
+    """A trained bound needs the sampler it belongs to, and a place to start."""
+    bound = rollout.entropy_bound
+    require(
+        bound is not None and bound > 0, "entropy_bound",
+        f"be positive with algorithm {cfg.algorithm!r}, which trains it from there", bound,
+        "Set entropy_bound=0.1, or algorithm=diffpo.",
     )  # fmt: skip
 
 
@@ -294,6 +305,8 @@ def _critic(cfg: CriticConfig) -> None:
         ("gae_lambda", "lie in [0, 1]", 0 <= cfg.gae_lambda <= 1),
         ("value_epsilon", "be positive", cfg.value_epsilon > 0),
         ("step_reward_weight", "not be negative", cfg.step_reward_weight >= 0),
+        ("bound_std", "be positive", cfg.bound_std > 0),
+        ("step_cost", "not be negative", cfg.step_cost >= 0),
         ("num_candidates", "be at least 1", cfg.num_candidates >= 1),
     ):  # fmt: skip
         require(holds, option, rule, getattr(cfg, option))

@@ -21,7 +21,7 @@ from .advantage import (
     softmax_difference,
     z_score,
 )
-from .critique import Critique, Discriminator, ValueCritique
+from .critique import Critique, Discriminator, ThresholdCritique, ValueCritique
 from .explorer import Explorer, InpaintingExplorer, TraceExplorer, no_exploration, original_layout
 from .likelihood import (
     Likelihood,
@@ -152,6 +152,15 @@ def _discriminator(
     )  # fmt: skip
 
 
+def _threshold(
+    cfg: AlgorithmConfig, rollout: RolloutConfig, likelihood: Likelihood, pad_id: int
+) -> Critique:
+    critic, advantage = cfg.critic, ADVANTAGES[cfg.scale_rewards]
+    return ThresholdCritique(
+        critic.bound_std, critic.step_cost, cfg.epsilon, advantage, rollout.rollout_batch_size
+    )
+
+
 def _wd1(cfg: AlgorithmConfig) -> Advantage:
     return partial(softmax_difference, psi=cfg.method.psi)
 
@@ -201,5 +210,7 @@ REWEIGHS: dict[str, Callable[[AlgorithmConfig], Reweigh]] = {
     "target": _target,
     "behaviour": _behaviour,
 }
-CRITIQUES: dict[str, CritiqueBuilder] = {"value": _value, "discriminator": _discriminator}
+CRITIQUES: dict[str, CritiqueBuilder] = {
+    "value": _value, "discriminator": _discriminator, "threshold": _threshold,
+}  # fmt: skip
 ASKING_OLD = ("discriminator",)  # critiques that ask for log-probs under the old policy

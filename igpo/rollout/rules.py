@@ -28,6 +28,7 @@ class Moment(NamedTuple):
     tick: int  # step of the whole rollout
     row_ids: Tensor
     stable: Tensor | None = None  # (n, c) bool, cfg.kl_threshold: the others join no run
+    bound: Tensor | None = None  # (n,) Canvas.entropy_bound
 
     def noise(self, shape: torch.Size) -> tuple[int, Tensor, Tensor]:
         """(key, position, row id) of one random number per column, each in a stream of its own."""
@@ -122,7 +123,8 @@ def entropy_bounded(bound: float) -> Choose:
 
         def fits(order: Tensor) -> Tensor:
             sorted_ = entropy.gather(1, order)
-            return sorted_.cumsum(1) - sorted_.cummax(1).values <= bound
+            limit = bound if at.bound is None else at.bound[:, None]
+            return sorted_.cumsum(1) - sorted_.cummax(1).values <= limit
 
         return prefix(result.score, result.committed, fits, at.quota)
 

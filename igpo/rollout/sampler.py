@@ -144,12 +144,14 @@ class Sampler:
         stable = self._stable(parts, rows, blocks, places, picked, logits)
         logits, support = self._filtered(logits)
         sizes, row_ids = [c.numel() for c in columns], self.canvas.row_ids[rows]
+        bounds = self.canvas.entropy_bound
         supports = [None] * len(parts) if support is None else support.split(sizes)
         for part, where, own, kept, calm in zip(
             parts, columns, logits.split(sizes), supports, stable, strict=True
         ):
             moment = Moment(
-                part.quota, part.step, self.steps, self.choice_seed, part.tick, row_ids[part.rows], calm
+                part.quota, part.step, self.steps, self.choice_seed, part.tick, row_ids[part.rows], calm,
+                None if bounds is None else bounds[rows[part.rows]],
             )  # fmt: skip
             result = self._result(own.unflatten(0, where.shape), moment)
             kept = None if kept is None else kept.unflatten(0, where.shape)

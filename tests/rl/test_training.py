@@ -27,6 +27,7 @@ OPTIONS = {
     "tracerl": ("kl_to=old", "shrink=1"),
     "tracerl_value": ("kl_to=old", "shrink=1"),
     "airl_s": ("shrink=2", "num_candidates=2"),
+    "diffpo_joint": (TOKEN, "entropy_bound=1.0"),
     "agrpo": ("kl_estimator=k3_ratio",),
     **dict.fromkeys(("grpo", "unigrpo", "coupled_grpo", "diffpo", "dipo"), (TOKEN,)),
 }

@@ -1,11 +1,13 @@
 """What an algorithm does with its critic, a second network: judge the steps of completions, and what it learns.
 
-`Critique` is the interface; `ValueCritique` is TraceRL's value model, `Discriminator` AIRL-S's step reward.
+`Critique` is the interface; `ValueCritique` is TraceRL's value model, `Discriminator` AIRL-S's step reward,
+`ThresholdCritique` DiFFPO's trained bound of the sampler.
 """
 
 from .base import CriticNetwork, Critique, Lesson, fit
 from .discriminator import Discriminator, reward_to_go
 from .search import search
+from .threshold import ThresholdCritique
 from .value import ValueCritique, gae
 
 __all__ = [
@@ -13,6 +15,7 @@ __all__ = [
     "Critique",
     "Discriminator",
     "Lesson",
+    "ThresholdCritique",
     "ValueCritique",
     "fit",
     "gae",
