@@ -64,10 +64,14 @@ _REPLAY = {
 
 
 def entries() -> dict[str, Entry]:
-    """Name -> row: every algorithm, then compositions that say what a difference comes from."""
+    """Name -> row: every algorithm, then compositions that say what a difference comes from.
+
+    Algorithms with a critic are left out: Counting does not see the forwards of their second network.
+    """
     found = {
         name: Entry(name, preset_of(name) or name, block_causal=LIKELIHOODS[made.likelihood].block_causal)
         for name, made in ALGORITHMS.items()
+        if made.critique is None
     }  # fmt: skip
     return found | {
         "grpo likelihood=step_map": Entry("grpo", "igpo", _REPLAY),
