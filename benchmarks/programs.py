@@ -16,6 +16,8 @@ from harness import Case, gated
 from shapes import DEVICE
 from timing import Run, in_turn
 
+from igpo.ops import _native
+
 CPU_ROUNDS, GPU_ROUNDS = 2, 3  # a call takes seconds
 
 
@@ -58,7 +60,12 @@ class Program:
 
 
 def measure(benchmark, program: Program) -> None:
-    """Gates every provider in a first call, whose memory is taken; then times them in turn."""
+    """Gates every provider in a first call, whose memory is taken; then times them in turn.
+
+    Raises RuntimeError on a CPU without the native library: ours would be timed on the reference rows.
+    """
+    if DEVICE == "cpu" and not benchmark.disabled and (reason := _native.why_not()):
+        raise RuntimeError(f"{program.op}: nothing of ours would be native here: {reason}")
     peaks: dict[str, float] = {}
 
     def traced(name: str, run: Run) -> Run:
