@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,10 @@ class Counting:
             self.with_graph += sequences
         else:
             self.plain += sequences
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MaskedDecoder:
+        """A critic is a copy of the policy: of the model alone, which counts nothing."""
+        return copy.deepcopy(self.model, memo)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)

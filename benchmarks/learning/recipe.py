@@ -48,13 +48,17 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the table: an algorithm, its settings (section rl of a preset), what is changed of them."""
+    """A row of the table: an algorithm, its settings (section rl of a preset), what is changed of them and rollouts."""
 
     algorithm: str
     preset: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     block_causal: bool = False
+    rollout: Mapping[str, Any] = field(default_factory=dict)
 
+
+# what a rollout needs that only these have; a bound at which a few tokens of these tasks go together
+_ROLLOUTS = {"diffpo_joint": {"entropy_bound": 0.1}}
 
 # the trajectory's own likelihood, as in the demo
 _REPLAY = {
@@ -64,14 +68,13 @@ _REPLAY = {
 
 
 def entries() -> dict[str, Entry]:
-    """Name -> row: every algorithm, then compositions that say what a difference comes from.
-
-    Algorithms with a critic are left out: Counting does not see the forwards of their second network.
-    """
+    """Name -> row: every algorithm, then compositions that say what a difference comes from."""
     found = {
-        name: Entry(name, preset_of(name) or name, block_causal=LIKELIHOODS[made.likelihood].block_causal)
+        name: Entry(
+            name, preset_of(name) or name, block_causal=LIKELIHOODS[made.likelihood].block_causal,
+            rollout=_ROLLOUTS.get(name, {}),
+        )
         for name, made in ALGORITHMS.items()
-        if made.critique is None
     }  # fmt: skip
     return found | {
         "grpo likelihood=step_map": Entry("grpo", "igpo", _REPLAY),
@@ -94,7 +97,7 @@ def config(task: str, entry: Entry, seed: int, num_steps: int = NUM_STEPS) -> Co
     rl = merged(Config().rl, {**PRESETS[entry.preset]["rl"], "algorithm": entry.algorithm})
     rl = merged(rl, _common(task, rl))
     return Config(
-        rollout=rollout(task),
+        rollout=replace(rollout(task), **entry.rollout),
         rl=merged(rl, entry.changes),
         train=TrainConfig(
             max_steps=num_steps, prompts_per_step=PROMPTS, per_device_train_batch_size=PROMPTS * GENERATIONS,
@@ -108,7 +111,12 @@ def config(task: str, entry: Entry, seed: int, num_steps: int = NUM_STEPS) -> Co
 def _common(task: str, rl: Any) -> dict[str, Any]:
     """What all rows share, and published counts that are larger than these canvases."""
     shape, method = SHAPES[task], rl.method
-    return {
+    critic = (
+        {"critic": {"critic_learning_rate": LEARNING_RATE}}
+        if ALGORITHMS[rl.algorithm].critique
+        else {}
+    )
+    return critic | {
         "num_generations": GENERATIONS,
         "num_iterations": UPDATES,
         "constant_memory": False,  # faster at this size, and the same gradient

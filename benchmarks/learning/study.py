@@ -164,6 +164,7 @@ class Course:
         self.rewards: list[float] = []
         self.all_wrong: float | None = None  # of the first step's groups
         self.explored = 0.0
+        self.critic = Counting(policy.model)  # counts for it
 
     def train(self, task: str, cfg: Config) -> str | None:
         """Trains; returns why it had to stop, if it had to."""
@@ -177,6 +178,10 @@ class Course:
             run = training_run(
                 cfg, TASKS[task], self.policy, reference=reference, observe=self.observe
             )
+            if run.critic is not None:
+                run.critic.network.register_forward_pre_hook(
+                    lambda _, inputs: self.critic.count(len(inputs[0]))
+                )
             try:
                 with RunLog(cfg) as log:
                     train(run, log)
@@ -192,9 +197,9 @@ class Course:
 
     def summary(self, cfg: Config) -> dict[str, Any]:
         """forwards: sequences x calls. rollouts: of the main completions; exploration: of what the explorer adds;
-        scoring: without a graph, by the policy, the old one and the reference; training: with one."""
+        scoring: without a graph, by the policy, the old one, the reference and the critic; training: with one."""
         size = cfg.train.prompts_per_step * cfg.rl.num_generations * len(self.rewards)
-        main = size * cfg.rollout.diffusion_steps
+        main = min(size * cfg.rollout.diffusion_steps, round(self.explored))
         last = self.rewards[-max(1, len(self.rewards) // 4) :]
         return {
             "reward": self.rewards[0] if self.rewards else None,
@@ -204,7 +209,10 @@ class Course:
             "forwards": {
                 "rollouts": main,
                 "exploration": round(self.explored) - main,
-                "scoring": self.policy.plain + self.frozen.plain - round(self.explored),
-                "training": self.policy.with_graph,
+                "scoring": self.policy.plain
+                + self.frozen.plain
+                + self.critic.plain
+                - round(self.explored),
+                "training": self.policy.with_graph + self.critic.with_graph,
             },
         }
