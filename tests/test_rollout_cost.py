@@ -14,7 +14,7 @@ from toys import EOS, VOCAB, before_step, canvases, early_script, hinted, small_
 from igpo.canvas import with_hints
 from igpo.config import RolloutConfig
 from igpo.models import MaskedDecoder
-from igpo.rollout import denoise, sampler
+from igpo.rollout import denoise, guidance
 from igpo.types import GIVEN, Seed
 
 CFG = RolloutConfig(max_completion_length=16, block_length=8, diffusion_steps=8, temperature=1.0)
@@ -73,7 +73,7 @@ class HeadRows(TorchDispatchMode):
 def test_only_masked_positions_of_the_active_block_pass_the_head(
     decoder: MaskedDecoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampler, "MIN_ROWS", 0)  # else a few rows more on a CPU
+    monkeypatch.setattr(guidance, "MIN_ROWS", 0)  # else a few rows more on a CPU
     canvas = hinted(canvases())
     with HeadRows() as head:
         rollouts = denoise(decoder, canvas, replace(CFG, early_stop=False), Seed(0))
