@@ -102,9 +102,9 @@ def test_every_row_is_a_preset_under_the_shared_settings(bench) -> None:
             build_algorithm(cfg.rl, cfg.rollout, lambda r, p: r, pad_id=0)  # type: ignore[arg-type, return-value]
             assert cfg.rl.algorithm == (name if name in ALGORITHMS else entry.algorithm)
             assert (cfg.rl.num_generations, cfg.rl.num_iterations) == (8, recipe.UPDATES)
-            assert replace(cfg, rl=recipe.config(task, rows["grpo"], 3).rl) == recipe.config(
-                task, rows["grpo"], 3
-            )
+            shared = recipe.config(task, rows["grpo"], 3)
+            assert replace(cfg, rl=shared.rl, rollout=shared.rollout) == shared
+            assert cfg.rollout == replace(shared.rollout, **entry.rollout)
 
 
 def test_a_run_counts_its_forwards(small, bench) -> None:
