@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -43,7 +44,9 @@ def result(*cases: dict, gpu: str | None = "NVIDIA H200") -> dict:
 def test_every_provider_passes_its_gate() -> None:
     command = [sys.executable, "-m", "pytest", "-c", "benchmarks/pytest.ini", "--rootdir", "benchmarks"]  # fmt: skip
     command += ["benchmarks", "--tiny", "--benchmark-disable"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    # the Triton rows have tests of their own, and would take minutes in the interpreter
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout or "100%" in done.stdout
 
