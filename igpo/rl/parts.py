@@ -157,7 +157,12 @@ def _threshold(
 ) -> Critique:
     critic, advantage = cfg.critic, ADVANTAGES[cfg.scale_rewards]
     return ThresholdCritique(
-        critic.bound_std, critic.step_cost, cfg.epsilon, advantage, rollout.rollout_batch_size
+        critic.bound_std,
+        critic.step_cost,
+        cfg.epsilon,
+        rollout.diffusion_steps,
+        advantage,
+        rollout.rollout_batch_size,
     )
 
 

@@ -34,7 +34,7 @@ class ThresholdCritique:
 
     u(c) is the mean of the critic over the completion of the masked canvas, 0 before training, and gamma_0 the
     rollout's entropy_bound. The reward of a completion is r - step_cost * steps / num_steps, for the policy and for u
-    alike, where steps are those that committed something; and u ascends
+    alike, where steps are those that committed something of the rollout's num_steps; and u ascends
 
         mean_i min(rho_i A_i, clip(rho_i, 1 +- epsilon) A_i),   rho_i = f_u(gamma_i | c) / f_u,old(gamma_i | c).
 
@@ -47,6 +47,7 @@ class ThresholdCritique:
     std: float
     step_cost: float
     epsilon: float
+    num_steps: int
     advantage: Callable[[Graded], Tensor]
     batch_size: int
 
@@ -64,7 +65,7 @@ class ThresholdCritique:
         advantages: Tensor, seed: Seed,
     ) -> tuple[Tensor, tuple[Lesson, ...], Metrics]:  # fmt: skip
         steps = working_steps(graded.rollouts)
-        cost = steps / graded.rollouts.num_steps.max()
+        cost = steps / self.num_steps
         rewards = graded.rewards - self.step_cost * cost
         credit = self.advantage(replace(graded, rewards=rewards))
         drawn, old = self._draw(network, batch.canvas, batch.tokens, seed)

@@ -2,7 +2,6 @@
 
 [tracerl] arXiv:2509.06949, released code of 2026-01-28: its LLaDA configuration, and what its configurations with a
 value model add.   [airls] arXiv:2508.14313, its abstract; its own settings were not looked up.
-[diffpo] arXiv:2510.02212.   [d1] arXiv:2504.12216, its released code.
 """
 
 from __future__ import annotations
@@ -44,32 +43,6 @@ PRESETS: dict[str, Preset] = {
             "adam_beta2": 0.999,  # [tracerl]
             "weight_decay": 0.0,  # [tracerl]
             "max_grad_norm": 1.0,  # [tracerl]
-        },
-    },
-    "diffpo_joint": {
-        "rl": {
-            "algorithm": "diffpo_joint",
-            "num_generations": 6,  # ours: as [d1], on which [diffpo] compares
-            "num_iterations": 8,  # ours: not found in [diffpo]
-            "scale_rewards": "none",  # ours: as [d1]
-            "importance_sampling_level": "token",  # [diffpo] the surrogate is of tokens
-            "epsilon": 0.5,  # ours: as [d1]
-            "beta": 0.0,  # [diffpo] the KL term is optional
-            "loss_type": "bnpo",  # ours: as [d1]
-            "method": {"behaviour_cap": 2.0},  # ours: C is not found in [diffpo]
-            "critic": {
-                "critic_learning_rate": 3e-6,  # ours: the policy's
-                "bound_std": 0.3,  # ours: not found in [diffpo]
-                "step_cost": 0.1,  # ours: not found in [diffpo]
-            },
-        },
-        "rollout": {
-            "entropy_bound": 0.1,  # ours: where the trained bound starts; not found in [diffpo]
-            "diffusion_steps": 256,  # ours: at least one token a step, so that the bound alone decides how many
-        },
-        "train": {
-            "prompts_per_step": 16,  # ours: as [d1]
-            "learning_rate": 3e-6,  # ours: as [d1]
         },
     },
     "airl_s": {

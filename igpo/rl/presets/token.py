@@ -14,6 +14,21 @@ from typing import Any
 
 Preset = Mapping[str, Mapping[str, Any]]
 
+_DIFFPO = {
+    "num_generations": 6,  # ours: as [d1], on which [diffpo] compares
+    "num_iterations": 8,  # ours: not found in [diffpo]
+    "scale_rewards": "none",  # ours: as [d1]
+    "importance_sampling_level": "token",  # [diffpo] the surrogate is of tokens
+    "epsilon": 0.5,  # ours: as [d1]
+    "beta": 0.0,  # [diffpo] the KL term is optional
+    "loss_type": "bnpo",  # ours: as [d1]
+    "method": {"behaviour_cap": 2.0},  # ours: C is not found in [diffpo]
+}
+_DIFFPO_TRAIN = {
+    "prompts_per_step": 16,  # ours: as [d1]
+    "learning_rate": 3e-6,  # ours: as [d1]
+}
+
 PRESETS: dict[str, Preset] = {
     "agrpo": {
         "rl": {
@@ -151,22 +166,22 @@ PRESETS: dict[str, Preset] = {
             "attn_implementation": "flex_attention",  # [dipo]; a CPU needs sdpa
         },
     },
-    "diffpo": {
+    "diffpo": {"rl": {**_DIFFPO, "algorithm": "diffpo"}, "train": _DIFFPO_TRAIN},
+    "diffpo_joint": {
         "rl": {
-            "algorithm": "diffpo",
-            "num_generations": 6,  # ours: as [d1], on which [diffpo] compares
-            "num_iterations": 8,  # ours: not found in [diffpo]
-            "scale_rewards": "none",  # ours: as [d1]
-            "importance_sampling_level": "token",  # [diffpo] the surrogate is of tokens
-            "epsilon": 0.5,  # ours: as [d1]
-            "beta": 0.0,  # [diffpo] the KL term is optional
-            "loss_type": "bnpo",  # ours: as [d1]
-            "method": {"behaviour_cap": 2.0},  # ours: C is not found in [diffpo]
+            **_DIFFPO,
+            "algorithm": "diffpo_joint",
+            "critic": {
+                "critic_learning_rate": 3e-6,  # ours: the policy's
+                "bound_std": 0.3,  # ours: not found in [diffpo]
+                "step_cost": 0.1,  # ours: not found in [diffpo]
+            },
         },
-        "train": {
-            "prompts_per_step": 16,  # ours: as [d1]
-            "learning_rate": 3e-6,  # ours: as [d1]
+        "rollout": {
+            "entropy_bound": 0.1,  # ours: where the trained bound starts; not found in [diffpo]
+            "diffusion_steps": 256,  # ours: at least one token a step, so that the bound alone decides how many
         },
+        "train": _DIFFPO_TRAIN,
     },
     "mdpo": {
         "rl": {
