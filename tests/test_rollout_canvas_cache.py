@@ -11,14 +11,14 @@ from frozen import by_hand, computed
 from public_configs import MASK as PUBLIC_MASK
 from public_configs import PAD as PUBLIC_PAD
 from public_configs import public_model
-from toys import MASK, Scripted, canvases, hinted, small_decoder
+from toys import MASK, Scripted, canvases, hinted, rolled_alike, small_decoder
 
 from igpo.canvas import masked_canvases, with_hints
 from igpo.config import AlgorithmConfig, RolloutConfig
 from igpo.models import MaskedDecoder
 from igpo.rl.algorithms import build_algorithm
 from igpo.rollout import denoise
-from igpo.types import GIVEN, Canvas, Prompt, Rollouts, Seed, take
+from igpo.types import GIVEN, Canvas, Prompt, Rollouts, Seed
 
 CFG = RolloutConfig(
     max_completion_length=16, block_length=8, diffusion_steps=8, temperature=0.8, early_stop=False
@@ -145,19 +145,7 @@ def test_rows_depend_on_themselves_and_the_seed(
         canvas = replace(
             canvas, eos_id=int(denoise(decoder, canvas, cfg, Seed(7)).completion.mode().values[0])
         )
-    whole = denoise(decoder, canvas, cfg, Seed(7))
-    order = torch.tensor([8, 2, 5])  # one row of every prompt
-    for size in (1, 2):
-        some = denoise(decoder, take(canvas, order), replace(cfg, rollout_batch_size=size), Seed(7))
-        assert torch.equal(some.tokens, whole.tokens[order])
-        assert torch.equal(some.step_map, whole.step_map[order])
-    bare = take(canvas, torch.tensor([8]))
-    start = int((~bare.attention_mask[0]).sum())
-    bare = replace(
-        bare, tokens=bare.tokens[:, start:], attention_mask=bare.attention_mask[:, start:],
-        position_ids=bare.position_ids[:, start:], prompt_length=bare.prompt_length - start,
-    )  # fmt: skip
-    assert torch.equal(denoise(decoder, bare, cfg, Seed(7)).completion[0], whole.completion[8])
+    whole = rolled_alike(decoder, canvas, cfg)
     assert (whole.completion != MASK).all()
     assert torch.equal(whole.completion[canvas.frozen], canvas.completion[canvas.frozen])
     if name == "early stop":

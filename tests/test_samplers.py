@@ -10,7 +10,7 @@ from public_configs import MASK as SDAR_MASK
 from public_configs import PAD as SDAR_PAD
 from public_configs import public_model
 from torch import Tensor
-from toys import MASK, VOCAB, Scripted, before_step, canvases, hinted, small_decoder
+from toys import MASK, VOCAB, Scripted, before_step, canvases, hinted, rolled_alike, small_decoder
 
 from igpo.canvas import masked_canvases
 from igpo.config import RolloutConfig
@@ -125,19 +125,7 @@ def test_matches_the_definition(decoder: MaskedDecoder, name: str) -> None:
 @pytest.mark.parametrize("name", EVERY)
 def test_rows_depend_on_themselves_and_the_seed(decoder: MaskedDecoder, name: str) -> None:
     canvas, cfg = hinted(canvases()), EVERY[name]
-    whole = denoise(decoder, canvas, cfg, Seed(7))
-    order = torch.tensor([8, 2, 5])  # one row of every prompt
-    for size in (1, 2):
-        some = denoise(decoder, take(canvas, order), replace(cfg, rollout_batch_size=size), Seed(7))
-        assert torch.equal(some.tokens, whole.tokens[order])
-        assert torch.equal(some.step_map, whole.step_map[order])
-    bare = take(canvas, torch.tensor([8]))
-    start = int((~bare.attention_mask[0]).sum())
-    bare = replace(
-        bare, tokens=bare.tokens[:, start:], attention_mask=bare.attention_mask[:, start:],
-        position_ids=bare.position_ids[:, start:], prompt_length=bare.prompt_length - start,
-    )  # fmt: skip
-    assert torch.equal(denoise(decoder, bare, cfg, Seed(7)).completion[0], whole.completion[8])
+    whole = rolled_alike(decoder, canvas, cfg)
     other = denoise(decoder, canvas, cfg, Seed(8))
     assert torch.equal(other.tokens, whole.tokens) == (cfg.temperature == 0)
     assert (whole.completion != MASK).all()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from igpo.canvas import masked_canvases, with_hints
+from igpo.config import RolloutConfig
 from igpo.models import MaskedDecoder, MaskedDecoderConfig
-from igpo.types import Canvas, Prompt, Rollouts
+from igpo.rollout import denoise
+from igpo.types import Canvas, Prompt, Rollouts, Seed, take
 
 VOCAB, MASK, EOS, PAD = 23, 22, 21, 20
 
@@ -77,3 +81,21 @@ def padded(rows: list[Tensor], side: str, width: int, pad: int = 0) -> tuple[Ten
         where = slice(width - len(row), None) if side == "left" else slice(0, len(row))
         tokens[b, where], mask[b, where] = row, True
     return tokens, mask
+
+
+def rolled_alike(decoder: MaskedDecoder, canvas: Canvas, cfg: RolloutConfig) -> Rollouts:
+    """denoise with Seed(7), after asserting that neither other rows, their number nor padding change a row."""
+    whole = denoise(decoder, canvas, cfg, Seed(7))
+    order = torch.tensor([8, 2, 5])  # one row of every prompt
+    for size in (1, 2):
+        some = denoise(decoder, take(canvas, order), replace(cfg, rollout_batch_size=size), Seed(7))
+        assert torch.equal(some.tokens, whole.tokens[order])
+        assert torch.equal(some.step_map, whole.step_map[order])
+    bare = take(canvas, torch.tensor([8]))
+    start = int((~bare.attention_mask[0]).sum())
+    bare = replace(
+        bare, tokens=bare.tokens[:, start:], attention_mask=bare.attention_mask[:, start:],
+        position_ids=bare.position_ids[:, start:], prompt_length=bare.prompt_length - start,
+    )  # fmt: skip
+    assert torch.equal(denoise(decoder, bare, cfg, Seed(7)).completion[0], whole.completion[8])
+    return whole
